@@ -35,7 +35,7 @@ import weakref
 from asyncio import get_running_loop
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -64,12 +64,16 @@ _SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0"
 
 # Of each: how it is read from a variable, whether it makes sense, and the rule.
 _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] = {
-    "log": (str, lambda path: isinstance(path, _Path) and os.fspath(path), "the path of a file"),
-    "outbox": (str, lambda path: isinstance(path, _Path) and os.fspath(path), "the path of a folder"),
+    "log": (str, lambda path: isinstance(path, (str, os.PathLike)) and os.fspath(path), "the path of a file"),
+    "outbox": (str, lambda path: isinstance(path, (str, os.PathLike)) and os.fspath(path), "the path of a folder"),
     "delay": (float, lambda number: type(number) in (int, float) and 0 <= number < math.inf, "seconds, 0 or more"),
     "concurrency": (int, lambda number: type(number) is int and number >= 1, "a whole number of at least 1"),
     "max_pending": (int, lambda number: type(number) is int and number >= 1, "a whole number of at least 1"),
-    "token": (str, lambda text: text is None or re.fullmatch("[!-~]+", text), "printable ASCII with no space in it"),
+    "token": (
+        str,
+        lambda text: text is None or (type(text) is str and re.fullmatch("[!-~]+", text)),
+        "printable ASCII with no space in it",
+    ),
     "fsync": (lambda text: _SWITCH[text.lower()], lambda value: type(value) is bool, "true or false"),
 }
 
@@ -156,6 +160,8 @@ class _Api:
         if self._token is not None:
             self._authorize(request, self._token)
         email = request.path_params["email"].removesuffix("/")
+        if not email:
+            raise HTTPException(404)
         if len(email) > 254 or not _is_email(email):
             raise HTTPException(422, "Name one whole e-mail address in the path, such as user@example.com.")
         key = request.headers.get("idempotency-key")
@@ -235,52 +241,78 @@ class _Route(Route):
         self.app = app  # Starlette's own looks for exception handlers, as the app does already
 
 
-_OPENAPI: dict[str, Any] = json.loads(
-    """{"openapi": "3.1.0",
-"info": {"title": "Notify", "version": "1.0.0", "description":
-    "202 means kept. An unknown path is a 404 and an unknown method a 405, in JSON like every error."},
-"paths": {
-  "/send-notification/{email}": {"post": {
-    "operationId": "send_notification", "summary": "Keep a notification, answer, and deliver it afterwards.",
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def _answer(description: str, schema: dict[str, Any] | None = None, *headers: str) -> dict[str, Any]:
+    answer: dict[str, Any] = {"description": description, "headers": {name: {"schema": _STRING} for name in headers}}
+    return answer | ({"content": {"application/json": {"schema": schema}}} if schema else {})
+
+
+_STRING = {"type": "string"}
+_COUNT = {"type": "integer", "minimum": 0}
+_HEALTH = _object(status=_STRING, pending=_COUNT, failed=_COUNT)
+_PROBLEM = _object(detail=_STRING | {"description": "What to do, in one sentence."})
+_FAILED = {"500": _answer("The service failed.", _PROBLEM)}
+_BODY = _object(message=_STRING | {"maxLength": 10_000, "default": _DEFAULT_MESSAGE}) | {"required": []}
+_SEND = {
+    "operationId": "sendNotification",
+    "summary": "Keep a notification, answer, and deliver it afterwards.",
     "security": [{}, {"token": []}],
     "parameters": [
-      {"name": "email", "in": "path", "required": true, "schema": {"type": "string", "maxLength": 254, "pattern": "EMAIL"}},
-      {"name": "Idempotency-Key", "in": "header", "description": "What comes again within 24 hours notifies once.",
-       "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"}}],
-    "requestBody": {"content": {"application/json": {"schema": {"type": "object", "additionalProperties": false,
-      "properties": {"message": {"type": "string", "maxLength": 10000, "default": "some notification"}}}}}},
+        {"name": "email", "in": "path", "required": True}
+        | {"schema": _STRING | {"pattern": f"^{_EMAIL}$", "maxLength": 254}},
+        {"name": "Idempotency-Key", "in": "header", "description": "What comes again in 24 hours notifies once."}
+        | {"schema": _STRING | {"pattern": "^[ -~]+$", "minLength": 1, "maxLength": 255}},
+    ],
+    "requestBody": {"content": {"application/json": {"schema": _BODY}}},
     "responses": {
-      "202": {"description": "It is kept.",
-        "headers": {"Idempotent-Replayed": {"description": "true if it was before.", "schema": {"type": "string"}}},
-        "content": {"application/json": {"schema": {"type": "object", "required": ["id", "message"],
-          "properties": {"id": {"type": "string"}, "message": {"type": "string"}}}}}},
-      "400": {"$ref": "#/components/responses/problem"}, "401": {"$ref": "#/components/responses/unauthorized"},
-      "413": {"$ref": "#/components/responses/problem"}, "415": {"$ref": "#/components/responses/problem"},
-      "422": {"$ref": "#/components/responses/problem"}, "500": {"$ref": "#/components/responses/problem"},
-      "503": {"$ref": "#/components/responses/unavailable"}}}},
-  "/health": {"get": {"operationId": "health", "summary": "Whether notifications can be kept, and how many wait.",
-    "responses": {"200": {"$ref": "#/components/responses/health"}, "503": {"$ref": "#/components/responses/health"},
-      "500": {"$ref": "#/components/responses/problem"}}}},
-  "/openapi.json": {"get": {"operationId": "openapi", "summary": "This description.", "responses": {
-    "200": {"description": "OpenAPI 3.1", "content": {"application/json": {"schema": {"type": "object"}}}},
-    "500": {"$ref": "#/components/responses/problem"}}}}},
-"components": {
-  "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-  "schemas": {"problem": {"type": "object", "required": ["detail"], "properties": {"detail": {"type": "string"}}}},
-  "responses": {
-    "problem": {"description": "detail says in one sentence what to do.",
-      "content": {"application/json": {"schema": {"$ref": "#/components/schemas/problem"}}}},
-    "unauthorized": {"description": "The token is missing or wrong.",
-      "headers": {"WWW-Authenticate": {"schema": {"type": "string", "const": "Bearer"}}},
-      "content": {"application/json": {"schema": {"$ref": "#/components/schemas/problem"}}}},
-    "unavailable": {"description": "Too many are pending, or the outbox cannot be written.",
-      "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}},
-      "content": {"application/json": {"schema": {"$ref": "#/components/schemas/problem"}}}},
-    "health": {"description": "Whether the outbox can be written; with 503 it cannot, and Retry-After is there.",
-      "content": {"application/json": {"schema": {"type": "object", "required": ["status", "pending", "failed"],
-        "properties": {"status": {"type": "string"}, "pending": {"type": "integer", "minimum": 0},
-          "failed": {"type": "integer", "minimum": 0}}}}}}}}}""".replace("EMAIL", json.dumps(f"^{_EMAIL}$")[1:-1])
-)
+        "202": _answer("It is kept.", _object(id=_STRING, message=_STRING), "Idempotent-Replayed"),
+        "400": _answer("The body is not JSON, or Idempotency-Key is not printable ASCII.", _PROBLEM),
+        "401": _answer("The token is missing or wrong.", _PROBLEM, "WWW-Authenticate"),
+        "413": _answer("The body is over 64 KiB.", _PROBLEM),
+        "415": _answer("The body is not application/json.", _PROBLEM),
+        "422": _answer("The address or the body is not valid, or the key came with other content.", _PROBLEM),
+        "503": _answer("Too many are pending, or the outbox cannot be written.", _PROBLEM, "Retry-After"),
+        **_FAILED,
+    },
+}
+_OPENAPI: dict[str, Any] = {
+    "openapi": "3.1.0",
+    "info": {
+        "title": "Notify",
+        "version": "1.0.0",
+        "description": "202 means kept. Unknown paths are 404, methods 405.",
+    },
+    "paths": {
+        "/send-notification/{email}": {"post": _SEND},
+        "/health": {
+            "get": {
+                "operationId": "getHealth",
+                "summary": "Whether notifications can be kept, and how many wait.",
+                "responses": {
+                    "200": _answer("They can.", _HEALTH),
+                    "503": _answer("The outbox cannot be written.", _HEALTH, "Retry-After"),
+                    **_FAILED,
+                },
+            },
+            "head": {
+                "operationId": "headHealth",
+                "summary": "Whether notifications can be kept.",
+                "responses": {"200": _answer("They can."), "503": _answer("They cannot."), "500": _answer("Failed.")},
+            },
+        },
+        "/openapi.json": {
+            "get": {
+                "operationId": "getDescription",
+                "summary": "This description.",
+                "responses": {"200": _answer("OpenAPI 3.1.", {"type": "object"}), **_FAILED},
+            }
+        },
+    },
+    "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+}
 
 # ------------------------------------------------------------------------------------------------ group commit
 #
@@ -404,6 +436,7 @@ _NEXT_DUE = "SELECT min(due) FROM pending WHERE worker = ? AND due IS NOT NULL"
 _CLAIM = """UPDATE pending SET due = NULL WHERE seq IN
     (SELECT seq FROM pending WHERE worker = ? AND due <= ? ORDER BY due LIMIT ?) RETURNING line, seq, since"""
 _COUNTS = "SELECT count(*) FILTER (WHERE due IS NULL OR due < 1e300), count(since) FROM pending WHERE worker = ?"
+_IN_HAND = "SELECT 1 FROM pending WHERE worker = ? AND due IS NULL LIMIT 1"
 _OTHERS = "SELECT DISTINCT worker FROM pending WHERE worker != ?"
 _IDS = "SELECT seq, substr(line, 26, 32) FROM pending WHERE worker = ?"
 _ADOPT = """UPDATE pending SET worker = ?, due = 0, since = NULL WHERE seq IN
@@ -514,9 +547,10 @@ class _Outbox:
         return entries + left, due
 
     def close(self) -> None:
-        """Let go of the outbox if it is empty; otherwise what is under way ends with the process; for the writer."""
-        if self.database.folder and not any(self.database.count()):
+        """Let go of the outbox, unless something is under way, which ends with the process; for the writer."""
+        if not self._settled and self.database.is_quiet():
             self.database.close()
+            self._accepted.clear()
 
     def _offer(self, entries: list[_Entry]) -> None:
         now = time.monotonic()
@@ -630,6 +664,10 @@ class _Database:
         pending, failed = self.open().execute(_COUNTS, (self._worker,)).fetchone()
         return pending, failed
 
+    def is_quiet(self) -> bool:
+        """Whether nothing is in anybody's hands; the memory's never is, as it would be lost."""
+        return self.folder is not None and not self.open().execute(_IN_HAND, (self._worker,)).fetchone()
+
     def probe(self) -> None:
         """Write something."""
         with _transaction(self.open()) as db:
@@ -732,9 +770,10 @@ def _remove(path: Path) -> None:
 def _is_new(path: Path) -> bool:
     """Whether there is no database yet; raises if there is, but damaged or another program's. Changes nothing."""
     wal = Path(f"{path}-wal")
-    if not path.exists() or not path.stat().st_size:
-        if wal.exists() and wal.stat().st_size:  # SQLite would remove it
-            raise OSError(f"{wal.name} has lost its database")
+    size = path.stat().st_size if path.exists() else 0
+    if size < 512:  # what SQLite takes for a new database, and removes the log of
+        if size or (wal.exists() and wal.stat().st_size):
+            raise OSError(f"{path.name} is no database")
         return True
     immutable = "" if wal.exists() else "&immutable=1"
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{immutable}", _LOCK_WAIT, uri=True)) as db:
@@ -880,26 +919,25 @@ class _Relay:
 
     def _settle(self, entries: list[_Entry], error: BaseException | None = None) -> None:
         if error is not None:
-            now, first = time.monotonic(), [entry for entry in entries if entry.since is None]
+            reason, now = repr(f"{type(error).__name__}: {error}")[:500], time.monotonic()
+            first = [entry.line[_ID] for entry in entries if entry.since is None]
             for entry in entries:
                 entry.since = now if entry.since is None else entry.since
                 entry.due = self._when_again(now, entry.since)
                 if entry.due == _NEVER:
                     log.error(
-                        "notification %s failed for a day; it is tried again at the next start: %r",
-                        entry.line[_ID],
-                        error,
+                        "notification %s failed for a day, and waits for the next start: %s", entry.line[_ID], reason
                     )
             if first:
                 self._warn(
-                    "notification %s, with %d more, is to be tried again: %r", first[0].line[_ID], len(first) - 1, error
+                    "notification %s and %d more failed, and are tried again: %s", first[0], len(first) - 1, reason
                 )
         self._outbox.settle(entries)
 
     def _when_again(self, now: float, since: float) -> float:
         """After a pause as long as it has failed so far, so that pauses double."""
         failing = now - since
-        pause = min(self._wait_max, self._wait_initial + failing) * random.uniform(0.75, 1)
+        pause = min(self._wait_max, self._wait_initial + failing) * random.uniform(0.75, 1)  # noqa: S311 - no secret
         return now + pause if failing < self._give_up else _NEVER
 
 
@@ -930,14 +968,12 @@ class _LogFile:
         """Append the lines, all or none; raises OSError."""
         # Opened by its name each time, so that it can be renamed. A FIFO is not to be its own reader.
         mode = os.O_WRONLY if self._path.exists() and not self._path.is_file() else os.O_RDWR
-        file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        try:
-            with _locked(self._folder / "log.lock") if self._folder else nullcontext():
-                self._append(file, "".join(f"{line}\n" for line in lines).encode())
-        except (OSError, sqlite3.Error) as exc:
-            raise OSError(f"{self._path} cannot be written: {exc}") from exc
-        finally:
-            os.close(file)
+        with ExitStack() as stack:
+            file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+            stack.callback(os.close, file)
+            if self._folder:
+                stack.enter_context(_locked(self._folder / "log.lock"))
+            self._append(file, "".join(f"{line}\n" for line in lines).encode())
 
     def _append(self, file: int, data: bytes) -> None:
         end = _cut_torn_line(file) if stat.S_ISREG(os.fstat(file).st_mode) else None
@@ -946,7 +982,8 @@ class _LogFile:
                 data = data[os.write(file, data) :]
             if self._fsync and end is not None:
                 os.fsync(file)
-        except OSError:
+        except OSError as exc:
+            exc.filename = os.fspath(self._path)
             if end is not None:
                 os.ftruncate(file, end)
             raise
@@ -1012,7 +1049,7 @@ def create_app(
     box = _Outbox(outbox, max_pending, fsync)
     relay = _Relay(box, notify, _LogFile(log, fsync, box.database.folder), delay, concurrency)
     api = _Api(box, relay, token)
-    return Starlette(
+    service = Starlette(
         routes=[
             _Route("/send-notification/{email:path}", api.send_notification, "POST"),
             _Route("/health", api.health, "GET"),
@@ -1021,6 +1058,8 @@ def create_app(
         exception_handlers={HTTPException: _refuse, ClientDisconnect: _ignore, Exception: _refuse},
         lifespan=relay.lifespan,
     )
+    service.router.redirect_slashes = False
+    return service
 
 
 app = create_app(**_environment())
