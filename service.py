@@ -113,12 +113,11 @@ class Notification:
     accepted_at: str
 
 
-def _write_line(notification: Notification) -> str:
+def _write_line(accepted_at: str, identifier: str, email: str, message: str) -> str:
     """One notification is one line: what is not printable is escaped, so that no message can forge another's."""
-    message = notification.message
     if "\\" in message or not message.isprintable():
         message = "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in message)
-    return f"{notification.accepted_at} {notification.id} notification for {notification.email}: {message}"
+    return f"{accepted_at} {identifier} notification for {email}: {message}"
 
 
 def _read_line(line: str) -> Notification:
@@ -170,8 +169,8 @@ class _Api:
         entry = await self._outbox.accept(email, await _read_message(request), key)
         content = {"id": entry.id, "message": "Notification sent in the background"}
         if entry.replayed:
-            return JSONResponse(content, 202, {"Idempotent-Replayed": "true"})
-        return JSONResponse(content, 202, background=BackgroundTask(self._relay.deliver, entry))
+            return _Answer(content, 202, {"Idempotent-Replayed": "true"})
+        return _Answer(content, 202, background=BackgroundTask(self._relay.deliver, entry))
 
     def _authorize(self, request: Request, token: bytes) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -182,18 +181,23 @@ class _Api:
         pending, failed, error = await self._outbox.health()
         status = f"the outbox cannot be written: {error}" if error else "ok"
         content = {"status": status, "pending": pending, "failed": failed}
-        return JSONResponse(content, 503, _RETRY) if error else JSONResponse(content)
+        return _Answer(content, 503, _RETRY) if error else _Answer(content)
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
+        return _Answer({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
+
+
+class _Answer(JSONResponse):
+    """Starlette's own, with one encoder for all answers."""
+
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+    def render(self, content: Any) -> bytes:
+        return self.encode(content).encode()
 
 
 async def _read_message(request: Request) -> str:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BODY:
-            raise HTTPException(413, "Send a body of at most 64 KiB.")
+    body = await _read_body(request)
     if not body:
         return _DEFAULT_MESSAGE
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -210,6 +214,19 @@ async def _read_message(request: Request) -> str:
     return message
 
 
+async def _read_body(request: Request) -> bytes:
+    body, more = bytearray(), True
+    while more:
+        event = await request.receive()
+        if event["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += event.get("body", b"")
+        if len(body) > _MAX_BODY:
+            raise HTTPException(413, "Send a body of at most 64 KiB.")
+        more = event.get("more_body", False)
+    return bytes(body)
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
@@ -220,7 +237,7 @@ _read_json = json.JSONDecoder(parse_int=float, parse_constant=_refuse_constant).
 
 async def _refuse(request: Request, exc: Exception) -> Response:
     status, headers = (exc.status_code, exc.headers) if isinstance(exc, HTTPException) else (500, None)
-    return JSONResponse({"detail": _DETAILS.get(status) or getattr(exc, "detail", "")}, status, headers)
+    return _Answer({"detail": _DETAILS.get(status) or getattr(exc, "detail", "")}, status, headers)
 
 
 async def _ignore(request: Request, exc: Exception) -> Response:
@@ -338,14 +355,15 @@ class _Group(Generic[T]):
         self._works: deque[tuple[T, Any, anyio.Event]] = deque()
         self._later: list[T] = []
         self._events: dict[Any, anyio.Event] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._threads = self._idle = 0
         self._dozing = False
 
     async def run(self, work: T) -> None:
         """Return when the work was handled."""
         loop = _current_loop()
-        with self._changed:
+        with self._lock:
             event = self._events.get(loop)
             if event is None:
                 event = anyio.Event()
@@ -357,13 +375,13 @@ class _Group(Generic[T]):
 
     def put(self, works: list[T]) -> None:
         """Have the works handled soon; from any thread."""
-        with self._changed:
+        with self._lock:
             self._later += works
         if self._dozing or not self._threads:
             self._wake()
 
     def _wake(self) -> None:
-        with self._changed:
+        with self._lock:
             self._changed.notify()
             if self._threads < self._max_threads and (not self._threads or len(self._works) > self._idle):
                 threading.Thread(target=self._work, name="notify", daemon=True).start()
@@ -381,7 +399,7 @@ class _Group(Generic[T]):
                     _call_soon(loop, event.set)
 
     def _take(self) -> tuple[list[T], set[tuple[Any, anyio.Event]]] | None:
-        with self._changed:
+        with self._lock:
             self._idle += 1
             if not self._changed.wait_for(lambda: self._works, _LINGER) and not self._later:
                 self._dozing = True
@@ -495,7 +513,7 @@ class _Outbox:
         """Keep a notification, or raise the HTTPException that says why not."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         identifier = secrets.token_hex(16)
-        entry = _Entry(_write_line(Notification(identifier, email, message, now)), id=identifier, key=key)
+        entry = _Entry(_write_line(now, identifier, email, message), id=identifier, key=key)
         if key is not None:
             entry.digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest()
         await self._writer.run(entry)
@@ -530,7 +548,7 @@ class _Outbox:
         return results[0]
 
     async def health(self) -> tuple[int, int, Exception | None]:
-        """How many are pending and how many have failed, as last known, and what keeps the outbox from being written."""
+        """How many are pending and have failed, as last known, and why the outbox cannot be written, if so."""
         try:
             self._counts = await self.call(self.database.count)
             await self.call(self.database.probe)
@@ -617,7 +635,7 @@ class _Database:
             db = self._connect()
             if new:
                 db.executescript(f"BEGIN; {_SCHEMA} PRAGMA application_id = {_APPLICATION_ID}; COMMIT")
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # so that damage to the file shows
             if self.folder:
                 self._alive.enter_context(_locked(self.folder / f"{worker}.lock"))
         db.execute("PRAGMA busy_timeout = 0")  # see _transaction
@@ -822,7 +840,8 @@ class _Relay:
             await self._attempt(entry)
         while not self._lifespans and time.monotonic() >= self._next:  # what needs a clock is done with the traffic
             async with anyio.create_task_group() as tasks:
-                await self._step(tasks)
+                if not await self._step(tasks):
+                    break
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -842,14 +861,15 @@ class _Relay:
     async def _run(self, tasks: TaskGroup) -> None:
         while True:
             self._nap = _current_loop(), anyio.Event()
-            await self._step(tasks)
-            with anyio.move_on_after(self._next - time.monotonic()):
+            pause = self._next - time.monotonic() if await self._step(tasks) else _TICK
+            with anyio.move_on_after(pause):
                 await self._nap[1].wait()
 
-    async def _step(self, tasks: TaskGroup) -> None:
+    async def _step(self, tasks: TaskGroup) -> bool:
+        """Adopt what is left, and start to deliver what is due; False if this is being done elsewhere."""
         now = time.monotonic()
         if not self._stepping.acquire(blocking=False):
-            return
+            return False
         try:
             self._next = now + _TICK
             if now >= self._next_tick:
@@ -869,6 +889,7 @@ class _Relay:
             self._warn("what is left in the outbox has to wait: %r", exc)
         finally:
             self._stepping.release()
+        return True
 
     def _find_delivered(self, ids: set[str]) -> set[str]:
         return set() if self._notify else self._log_file.find(ids)  # others can tell by the id
@@ -967,13 +988,18 @@ class _LogFile:
     def append(self, lines: list[str]) -> None:
         """Append the lines, all or none; raises OSError."""
         # Opened by its name each time, so that it can be renamed. A FIFO is not to be its own reader.
-        mode = os.O_WRONLY if self._path.exists() and not self._path.is_file() else os.O_RDWR
+        mode = os.O_WRONLY if self._is_special() else os.O_RDWR
         with ExitStack() as stack:
             file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
             stack.callback(os.close, file)
             if self._folder:
                 stack.enter_context(_locked(self._folder / "log.lock"))
             self._append(file, "".join(f"{line}\n" for line in lines).encode())
+
+    def _is_special(self) -> bool:
+        with suppress(FileNotFoundError):
+            return not stat.S_ISREG(os.stat(self._path).st_mode)
+        return False
 
     def _append(self, file: int, data: bytes) -> None:
         end = _cut_torn_line(file) if stat.S_ISREG(os.fstat(file).st_mode) else None
