@@ -35,7 +35,7 @@ import weakref
 from asyncio import get_running_loop
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -369,7 +369,7 @@ class _Group(Generic[T]):
                 event = anyio.Event()
                 if self._max_threads == 1:
                     self._events[loop] = event
-                _call_soon(loop, self._wake)
+                (getattr(loop, "call_soon", None) or loop.run_sync_soon)(self._wake)
             self._works.append((work, loop, event))
         await event.wait()
 
@@ -415,7 +415,7 @@ class _Group(Generic[T]):
             return works, {(loop, event) for _, loop, event in taken}
 
 
-def _current_loop() -> object:
+def _current_loop() -> Any:
     try:
         return get_running_loop()
     except RuntimeError:
@@ -608,6 +608,7 @@ class _Database:
         self._db: sqlite3.Connection | None = None
         self._inode = 0
         self._worker = ""  # our name
+        self._log_lock: sqlite3.Connection | None = None
         self._alive = ExitStack()  # holds the lock that says that we are
 
     def open(self) -> sqlite3.Connection:
@@ -730,8 +731,22 @@ class _Database:
                     db.execute(_ADOPT, (self._worker, worker, _ADOPTED_AT_ONCE))
         _remove(folder / f"{worker}.lock")
 
+    @contextmanager
+    def log_locked(self) -> Iterator[None]:
+        """Hold the lock that keeps the lines of this outbox's workers apart; for the log's thread."""
+        if self._log_lock is None:
+            self._log_lock = _open_lock(self.folder / "log.lock" if self.folder else Path(":memory:"), _LOCK_WAIT)
+        self._log_lock.execute("BEGIN EXCLUSIVE")
+        try:
+            yield
+        finally:
+            self._log_lock.execute("ROLLBACK")
+
     def close(self) -> None:
         """Close the database, and let go of the lock that says that we live."""
+        if self._log_lock is not None:
+            self._log_lock.close()
+            self._log_lock = None
         if self._db is not None:
             self._db.close()
             self._db = None
@@ -763,11 +778,16 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 @contextmanager
 def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[None]:
     """Hold a lock that dies with its process: SQLite's own, on an empty file."""
-    _create(path)
-    with closing(_connect(path, wait)) as db:
-        db.execute("PRAGMA journal_mode = OFF")  # there is nothing to roll back
+    with closing(_open_lock(path, wait)) as db:
         db.execute("BEGIN EXCLUSIVE")
         yield
+
+
+def _open_lock(path: Path, wait: float) -> sqlite3.Connection:
+    _create(path)
+    db = _connect(path, wait)
+    db.execute("PRAGMA journal_mode = OFF")  # there is nothing to roll back
+    return db
 
 
 def _connect(path: Path, wait: float) -> sqlite3.Connection:
@@ -775,6 +795,8 @@ def _connect(path: Path, wait: float) -> sqlite3.Connection:
 
 
 def _create(path: Path) -> None:
+    if path == Path(":memory:"):
+        return
     # With O_EXCL: to open and close a file that SQLite has open in this process would drop its locks.
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -958,7 +980,7 @@ class _Relay:
     def _when_again(self, now: float, since: float) -> float:
         """After a pause as long as it has failed so far, so that pauses double."""
         failing = now - since
-        pause = min(self._wait_max, self._wait_initial + failing) * random.uniform(0.75, 1)  # noqa: S311 - no secret
+        pause = min(self._wait_max, self._wait_initial + failing) * random.uniform(0.75, 1)
         return now + pause if failing < self._give_up else _NEVER
 
 
@@ -980,10 +1002,10 @@ class _Warnings:
 class _LogFile:
     """The file that the default notifier appends to."""
 
-    def __init__(self, path: _Path, fsync: bool, folder: Path | None) -> None:
+    def __init__(self, path: _Path, fsync: bool, locked: Callable[[], AbstractContextManager[None]]) -> None:
         self._path = Path(path).absolute()
         self._fsync = fsync
-        self._folder = folder  # where the lock is that keeps the workers of one outbox apart
+        self._locked = locked
 
     def append(self, lines: list[str]) -> None:
         """Append the lines, all or none; raises OSError."""
@@ -992,8 +1014,7 @@ class _LogFile:
         with ExitStack() as stack:
             file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
             stack.callback(os.close, file)
-            if self._folder:
-                stack.enter_context(_locked(self._folder / "log.lock"))
+            stack.enter_context(self._locked())
             self._append(file, "".join(f"{line}\n" for line in lines).encode())
 
     def _is_special(self) -> bool:
@@ -1073,7 +1094,7 @@ def create_app(
     for name, value in (settings | {"max_pending": max_pending, "token": token, "fsync": fsync}).items():
         _check(name, name, value)
     box = _Outbox(outbox, max_pending, fsync)
-    relay = _Relay(box, notify, _LogFile(log, fsync, box.database.folder), delay, concurrency)
+    relay = _Relay(box, notify, _LogFile(log, fsync, box.database.log_locked), delay, concurrency)
     api = _Api(box, relay, token)
     service = Starlette(
         routes=[

@@ -4,7 +4,6 @@
 
 It wants the packages of .ci/requirements.txt, redis-server, and to be root (it mounts small disks of its own).
 """
-# ruff: noqa: S101, S104, S603, S607, S311
 
 from __future__ import annotations
 
@@ -22,11 +21,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from email import message_from_bytes, policy
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -55,7 +54,9 @@ eventually = partial(test_service.eventually, within=60)  # for what hangs, not 
 
 
 @contextmanager
-def running(*command: object, folder: Path, log: str = "server.log", **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    *command: object, folder: Path, log: str = "server.log", **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process group of its own, which is gone afterwards."""
     with (folder / log).open("ab") as output:
         process = subprocess.Popen(
@@ -225,16 +226,16 @@ def assert_exactly_once(kept: dict[str, str], folder: Path, outbox: Path | None 
     assert kept
     with suppress(AssertionError):  # then it is lost, and said below
         eventually(lambda: kept.keys() <= set(re.findall(r"^\S+ (\S+)", written(folder), re.MULTILINE)))
+    eventually(lambda: is_empty(outbox or folder / "outbox"))
     lost = kept.items() - delivered(folder).items()
     assert not lost, f"{len(lost)} of {len(kept)} lost, such as {lost.pop()}"
-    eventually(lambda: not kept.keys() & ids_in(outbox or folder / "outbox"))
 
 
-def ids_in(outbox: Path) -> set[str]:
-    """Every id, or what looks like one, in the outbox's database."""
-    [path] = [path for path in outbox.iterdir() if path.suffix in (".db", ".sqlite", ".sqlite3")]
+def is_empty(outbox: Path) -> bool:
+    """Whether nobody waits for a notification in the outbox, whatever its tables are."""
+    [path] = outbox.glob("*.db")
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
-        return set(re.findall(r"\b[0-9a-f]{32}\b", "\n".join(db.iterdump())))
+        return "user@example.com" not in "\n".join(db.iterdump())
 
 
 @contextmanager
@@ -271,7 +272,7 @@ SERVERS = {
 
 
 @pytest.mark.parametrize("command", SERVERS.values(), ids=SERVERS)
-def test_every_server_answers_at_once_and_loses_nothing_however_it_ends(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_every_server_answers_at_once_and_loses_nothing(tmp_path: Path, command: tuple[str, ...]) -> None:
     with Server(tmp_path, *command) as server:
         server.start(delay=3)
         kept = server.post("killed 1", "killed 2")
@@ -288,7 +289,7 @@ def test_every_server_answers_at_once_and_loses_nothing_however_it_ends(tmp_path
         server.terminate(signal.SIGTERM)
         server.start()
         assert_exactly_once(kept, tmp_path)
-        assert server.pending() == 0
+        eventually(lambda: server.pending() == 0)
 
 
 # ---------------------------------------------------------------------------------------------------- hosts
@@ -422,7 +423,7 @@ def test_every_host_gets_one_line_for_each_post(tmp_path: Path, host: str) -> No
                 status, answer = ask(connection, "POST", f"/mail{POST}", {"message": message})
                 assert status == 202, answer
         eventually(lambda: written(tmp_path).count("\n") == len(messages))
-        assert server.ask("GET", "/mail/health")[1] == {"status": "ok", "pending": 0, "failed": 0}
+        eventually(lambda: server.ask("GET", "/mail/health")[1] == {"status": "ok", "pending": 0, "failed": 0})
         assert server.ask("GET", "/own")[1] == b"own"
         root = "/" if host in NO_ROOT_PATH else "/mail"
         assert [entry["url"] for entry in server.ask("GET", "/mail/openapi.json")[1]["servers"]] == [root]
@@ -434,7 +435,8 @@ def test_a_host_that_raises_after_the_answer_was_made_harms_no_notification(tmp_
     after = "if 'raise' in request.headers: raise RuntimeError('the host raises')"
     source = MIDDLEWARE.format(after=after)
     if lifespan != "no lifespan":
-        source += "notify = app.routes[1].app\napp.router.lifespan_context = lambda _: notify.router.lifespan_context(notify)\n"
+        source += "notify = app.routes[1].app.router\n"
+        source += "app.router.lifespan_context = lambda _: notify.lifespan_context(app.routes[1].app)\n"
     with hosted(tmp_path, source) as server:
         for number in range(5):
             answer = server.ask("POST", f"/mail{POST}", {"message": f"raised {number}"}, **{"raise": "yes"})
@@ -517,8 +519,9 @@ def test_when_post_returns_the_notification_is_delivered(
 
 def test_what_is_tested_in_process_holds_on_trio(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "test_service.py", "-k", "trio", f"--basetemp={tmp_path / 'trio'}"]
+    command += ["-W", "ignore:Async generator 'httpx._content:ResourceWarning"]  # httpx leaves it to trio to close
     environment = os.environ | {"TEST_BACKENDS": "trio"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed
@@ -608,7 +611,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path, way: str) -> None:
             [Path(sys.executable).with_name("schemathesis"), "run", url, "--max-examples", "300", "--checks", "all",
              "--continue-on-failure", "--no-color", "--suppress-health-check", "all", *options],
             cwd=tmp_path, env=os.environ | {"SCHEMATHESIS_HOOKS": "hooks"},
-            capture_output=True, text=True, timeout=200, check=False,
+            capture_output=True, text=True, timeout=200,
         )  # fmt: skip
         assert result.returncode == 0, "\n".join(line[:200] for line in result.stdout.split("\n")) + result.stderr
         generated = re.search(r"(\d+) generated", result.stdout)
@@ -652,7 +655,7 @@ def test_while_the_outbox_has_no_room_nothing_is_promised(tmp_path: Path) -> Non
         eventually(lambda: not refused(), within=5)
         eventually(lambda: health() == (200, True))
         assert_exactly_once(kept, tmp_path, small / "outbox")
-        assert server.pending() == 0
+        eventually(lambda: server.pending() == 0)
 
         filler = fill(small)
         eventually(refused)
@@ -717,18 +720,23 @@ def workers(server: Server) -> list[int]:
         pids = map(int, Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split())
         return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
-    eventually(lambda: len(children()) == 4)
-    return children()
+    def four() -> list[int]:
+        with suppress(OSError):  # one has just ended
+            return found if len(found := children()) == 4 else []
+        return []
+
+    return list(eventually(four))
 
 
 def test_a_living_server_delivers_what_a_dead_one_left(tmp_path: Path) -> None:
     with Server(tmp_path) as dead, Server(tmp_path) as living:
         living.start()
         kept = dead.start(delay=600).post(*(f"left {number}" for number in range(50)))
+        assert not is_empty(tmp_path / "outbox")
         dead.kill()
         eventually(lambda: written(tmp_path).count("\n") == 50, within=10)
         assert_exactly_once(kept, tmp_path)
-        assert living.pending() == 0
+        eventually(lambda: living.pending() == 0)
 
 
 def test_eight_servers_start_at_once_on_what_a_dead_one_left(tmp_path: Path) -> None:
@@ -759,12 +767,13 @@ def test_nobody_takes_the_work_of_a_server_that_is_paused(tmp_path: Path) -> Non
         assert "paused" not in written(tmp_path)
         paused.process.send_signal(signal.SIGCONT)
         assert_exactly_once(kept, tmp_path)
-        assert (paused.pending(), other.pending()) == (0, 0)
+        eventually(lambda: paused.pending() == other.pending() == 0)
 
 
 @pytest.mark.parametrize("way", ["Ctrl-C twice", "a graceful timeout"])
 def test_a_stop_that_does_not_wait_loses_nothing(tmp_path: Path, way: str) -> None:
-    with Server(tmp_path, *UVICORN, "--timeout-graceful-shutdown", "1" if way == "a graceful timeout" else "60") as server:
+    patience = "1" if way == "a graceful timeout" else "60"
+    with Server(tmp_path, *UVICORN, "--timeout-graceful-shutdown", patience) as server:
         kept = server.start(delay=30).post(*map(str, range(20)))
         if way == "Ctrl-C twice":
             server.process.send_signal(signal.SIGINT)
@@ -780,16 +789,19 @@ def test_a_stop_that_does_not_wait_loses_nothing(tmp_path: Path, way: str) -> No
 def test_a_reload_under_load_loses_nothing(tmp_path: Path) -> None:
     host, log = tmp_path / "host.py", tmp_path / "server.log"
     host.write_text("from service import create_app\napp = create_app(delay=0.3)\n")
+
+    def is_reloaded(times: int) -> bool:
+        host.write_text(host.read_text())  # again and again, as it takes uvicorn a moment until it watches
+        return log.read_text().count("Started server process") > times
+
     with Server(tmp_path, *UVICORN_HOST, "--reload") as server:
         with Clients(server.start()) as clients:
-            for times in range(1, 3):
+            for times in (1, 2):
                 clients.more(200)
-                assert log.read_text().count("Started server process") == times
-                host.write_text(host.read_text())
-                eventually(lambda times=times: log.read_text().count("Started server process") > times)
+                eventually(lambda times=times: is_reloaded(times))
             clients.more(200)
         assert_exactly_once(clients.kept, tmp_path)
-        assert server.pending() == 0
+        eventually(lambda: server.pending() == 0)
 
 
 def test_a_log_can_be_renamed_under_load(tmp_path: Path) -> None:
@@ -823,8 +835,9 @@ def test_twenty_thousand_pending_at_start(tmp_path: Path) -> None:
             kept |= server.post("meanwhile")
             slowest = max(slowest, time.monotonic() - asked)
         assert slowest < 1.5
+        assert resources(server)[0] < 250 * 1024
         assert_exactly_once(kept, tmp_path)
-        assert server.pending() == 0
+        eventually(lambda: server.pending() == 0)
 
 
 # ----------------------------------------------------------------------------------------------------- engines
@@ -854,7 +867,7 @@ def smtp_server() -> Iterator[tuple[int, list[Envelope]]]:
     received: list[Envelope] = []
 
     class Handler:
-        async def handle_DATA(self, server: SMTP, session: object, envelope: Envelope) -> str:  # noqa: N802
+        async def handle_DATA(self, server: SMTP, session: object, envelope: Envelope) -> str:
             received.append(envelope)
             return "250 OK"
 
@@ -878,7 +891,10 @@ def smtp_server() -> Iterator[tuple[int, list[Envelope]]]:
 MAIL = {
     "plain": ("user@example.com", "Hello, wörld 😀\n\nbye"),
     "forged headers": ("user@example.com", "Bcc: eve@example.com\r\nSubject: forged\r\n\r\nforged"),
-    "forged end": ("user@example.com", "before\r\n.\r\nMAIL FROM:<eve@example.com>\r\nRCPT TO:<eve@example.com>\r\nDATA\r\n"),
+    "forged end": (
+        "user@example.com",
+        "a\r\n.\r\nMAIL FROM:<eve@example.com>\r\nRCPT TO:<eve@example.com>\r\nDATA\r\n",
+    ),
     "lone carriage returns": ("user@example.com", "a\rBcc: eve@example.com\r.\rb"),
     "a long line": ("user@example.com", "x" * 10_000),
     "odd address": ("a..b'/+{|}~=?utf-8?q?=@example.com", "odd"),
@@ -914,7 +930,7 @@ def test_a_webhook_gets_each_notification_and_its_repeat_with_the_id_as_idempote
     calls: list[tuple[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             repeated = self.headers["Idempotency-Key"] in dict(calls)
             calls.append((self.headers["Idempotency-Key"], body))
@@ -963,15 +979,16 @@ def test_celery_gets_each_notification_however_long_its_broker_is_down(tmp_path:
 
 # -------------------------------------------------------------------------------------------------------- soak
 
+MEDIA = b"Content-Type: application/json"
 HOSTILE = [
     b"\x16\x03\x01 what is this\r\n\r\n",
-    b"POST %s HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{" % POST.encode(),
-    b"POST %s HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\n" % POST.encode() + b"x" * 100_000,
-    b"POST %s HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n" % POST.encode() + b"x" * 30_000,
-    b"POST /send-notification/a@b%0A HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n",
-    b"POST %s HTTP/1.1\r\nHost: t\r\nIdempotency-Key: \xff\r\nConnection: close\r\n\r\n" % POST.encode(),
-    b"POST %s HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 30000\r\nConnection: close\r\n\r\n" % POST.encode() + b"[" * 30_000,
-    b"GET /%s HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n" % (b"a" * 20_000),
+    test_service.request(POST.encode(), MEDIA, b"Content-Length: 100", body=b"{", length=False),
+    test_service.request(POST.encode(), MEDIA, b"Transfer-Encoding: chunked", body=b"ffff\r\n{", length=False),
+    test_service.request(POST.encode(), MEDIA, body=b"x" * 100_000),
+    test_service.request(POST.encode(), MEDIA, body=b"[" * 30_000),
+    test_service.request(POST.encode(), b"Idempotency-Key: \xff"),
+    test_service.request(POST.encode() + b"%0A"),
+    test_service.request(b"/" + b"a" * 20_000),
 ]
 
 
@@ -1006,7 +1023,7 @@ def test_soak(tmp_path: Path) -> None:
             hostility.callback(thread.join)
             hostility.callback(stop.set)
         used = []
-        for _ in range(4):
+        for _ in range(6):
             with Clients(lasting, killed) as clients:
                 for _ in range(2):
                     clients.more(1500)
@@ -1022,4 +1039,4 @@ def test_soak(tmp_path: Path) -> None:
         memory, descriptors = zip(*used, strict=True)
         assert memory[-1] < memory[0] * 1.2 + 4096, memory
         assert descriptors[-1] < descriptors[0] + 10, descriptors
-        assert lasting.ask("GET", "/health")[1] == {"status": "ok", "pending": 0, "failed": 0}
+        eventually(lambda: lasting.ask("GET", "/health")[1] == {"status": "ok", "pending": 0, "failed": 0})
