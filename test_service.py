@@ -1193,6 +1193,26 @@ async def test_apps_on_one_outbox_take_nothing_from_each_other(tmp_path):
     assert len(slow) == 3
 
 
+@pytest.mark.anyio
+async def test_what_is_being_delivered_when_its_lifespan_ends_is_left_to_its_own_process(tmp_path):
+    gate, slow, quick = threading.Event(), [], []
+
+    def blocked(notification):
+        slow.append(notification.id)
+        gate.wait(20)
+
+    first = create_app(blocked, outbox=tmp_path / "outbox")
+    async with anyio.create_task_group() as tasks:
+        async with lifespan(first):
+            tasks.start_soon(post, first)
+            await soon(lambda: slow)
+        own = (await post(create_app(quick.append, outbox=tmp_path / "outbox"))).json()["id"]  # looks for what is left
+        gate.set()
+    await soon(lambda: _is(health(first), {"status": "ok", "pending": 0, "failed": 0}))
+    assert [n.id for n in quick] == [own]
+    assert len(slow) == 1
+
+
 @pytest.fixture(scope="module")
 def dead(tmp_path_factory):
     """The folder of a server that was killed when it had acknowledged three notifications and delivered none."""
@@ -1363,12 +1383,14 @@ async def test_anothers_message_cannot_pass_for_mine_after_a_crash(left, tmp_pat
 
 
 async def a_notifier_that_fails_twice(outbox, caplog, on_loop):
-    calls = []
+    calls, times = [], []
 
     def notify(notification):
         calls.append(notification)
-        if notification.message == "bad" and calls.count(notification) <= 2:
-            raise RuntimeError("the mail is down")
+        if notification.message == "bad":
+            times.append(time.monotonic())
+            if len(times) <= 2:
+                raise RuntimeError("the mail is down")
 
     async def notify_on_loop(notification):
         notify(notification)
@@ -1382,6 +1404,7 @@ async def a_notifier_that_fails_twice(outbox, caplog, on_loop):
         await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
     assert Counter(n.id for n in calls) == {bad.json()["id"]: 3, good.json()["id"]: 1}
     assert len(set(calls)) == 2
+    assert times[2] - times[1] > 1.1  # the first pause is of 1 s at most, and pauses grow
     told = [warning for warning in warnings(caplog) if bad.json()["id"] in warning]
     assert 1 <= len(told) <= 2
     assert "the mail is down" in told[0]
@@ -1642,6 +1665,14 @@ def _cut_in_half_alone(outbox):
     _cut_in_half(outbox)
 
 
+def _anothers(outbox):
+    path = database(outbox)
+    for file in outbox.glob(f"{path.name}*"):
+        file.unlink()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE pending (mine)")
+
+
 def _emptied(outbox):
     os.truncate(database(outbox), 0)
 
@@ -1660,6 +1691,7 @@ DAMAGES = {
     "cut in half with no log beside it": _cut_in_half_alone,
     "emptied beside its log": _emptied,
     "scribbled over": _scribbled,
+    "another program's database": _anothers,
 }
 
 
