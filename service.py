@@ -845,11 +845,12 @@ class _Relay:
         self._outbox = outbox
         self._notify = notify
         self._log_file = log_file
-        self._delay = 0.0 if notify else delay
+        own = notify is not None
+        self._delay = 0.0 if own else delay
         self._is_async = any(map(inspect.iscoroutinefunction, (notify, getattr(notify, "__call__", None))))  # noqa: B004
-        self._group: _Group[_Entry] = _Group(self._deliver_all, threads if notify else 1)
-        self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if notify else (0.1, 30.0, math.inf)
-        self._warn = _Warnings(50 if notify else 1)
+        self._group: _Group[_Entry] = _Group(self._deliver_all, threads if own else 1)
+        self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
+        self._warn = _Warnings(50 if own else 1)
         self._lifespans = 0
         self._stepping = threading.Lock()
         self._next = self._next_tick = 0.0  # when there is something to do, on the monotonic clock
@@ -898,9 +899,8 @@ class _Relay:
                 self._next_tick = now + _TICK
                 for worker in await self._outbox.call(self._outbox.database.tend):
                     adopt = partial(self._outbox.database.adopt, worker, self._find_delivered)
-                    await anyio.to_thread.run_sync(
-                        adopt, limiter=anyio.CapacityLimiter(1)
-                    )  # not a thread of the host's
+                    limiter = anyio.CapacityLimiter(1)  # the host's threads stay the host's
+                    await anyio.to_thread.run_sync(adopt, limiter=limiter)
             entries, due = await self._outbox.call(partial(self._outbox.claim, _WINDOW - len(self._in_hand)))
             for entry in filter(self._outbox.take, entries):
                 self._in_hand.add(entry)
@@ -914,7 +914,7 @@ class _Relay:
         return True
 
     def _find_delivered(self, ids: set[str]) -> set[str]:
-        return set() if self._notify else self._log_file.find(ids)  # others can tell by the id
+        return self._log_file.find(ids) if self._notify is None else set()  # others can tell by the id
 
     async def _deliver_again(self, entry: _Entry) -> None:
         try:
@@ -935,7 +935,7 @@ class _Relay:
         try:
             if self._delay:
                 await anyio.sleep(self._delay)
-            if self._is_async and self._notify:
+            if self._is_async and self._notify is not None:
                 await self._notify(_read_line(entry.line))
         except BaseException as exc:
             self._settle([entry], exc)
