@@ -509,7 +509,7 @@ def _redis(folder: Path) -> Iterator[str]:
 @contextmanager
 def _process(command: list[str], folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     with (folder / "output").open("ab") as output:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
@@ -590,7 +590,7 @@ def _machine(folder: Path) -> str:
 
 
 def _run(command: list[str], folder: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchmarkError(f"{' '.join(command)} failed: {done.stderr or done.stdout}")
     return done.stdout
