@@ -32,14 +32,16 @@ import stat
 import threading
 import time
 import weakref
-from asyncio import get_running_loop
+from asyncio import current_task, get_running_loop
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from traceback import format_exception_only
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -60,12 +62,18 @@ _Path = str | os.PathLike[str]
 
 # ---------------------------------------------------------------------------------------------------- settings
 
+
+def _is_path(value: object) -> bool:
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else b""
+    return isinstance(path, str) and path != "" and "\0" not in path
+
+
 _SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 # Of each: how it is read from a variable, whether it makes sense, and the rule.
 _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] = {
-    "log": (str, lambda path: isinstance(path, (str, os.PathLike)) and os.fspath(path), "the path of a file"),
-    "outbox": (str, lambda path: isinstance(path, (str, os.PathLike)) and os.fspath(path), "the path of a folder"),
+    "log": (str, _is_path, "the path of a file"),
+    "outbox": (str, _is_path, "the path of a folder"),
     "delay": (float, lambda number: type(number) in (int, float) and 0 <= number < math.inf, "seconds, 0 or more"),
     "concurrency": (int, lambda number: type(number) is int and number >= 1, "a whole number of at least 1"),
     "max_pending": (int, lambda number: type(number) is int and number >= 1, "a whole number of at least 1"),
@@ -154,6 +162,7 @@ class _Api:
         self._outbox = outbox
         self._relay = relay
         self._token = None if token is None else token.encode()
+        self._catch_up = BackgroundTask(relay.catch_up)
 
     async def send_notification(self, request: Request) -> Response:
         if self._token is not None:
@@ -169,7 +178,7 @@ class _Api:
         entry = await self._outbox.accept(email, await _read_message(request), key)
         content = {"id": entry.id, "message": "Notification sent in the background"}
         if entry.replayed:
-            return _Answer(content, 202, {"Idempotent-Replayed": "true"})
+            return _Answer(content, 202, {"Idempotent-Replayed": "true"}, background=self._catch_up)
         return _Answer(content, 202, background=BackgroundTask(self._relay.deliver, entry))
 
     def _authorize(self, request: Request, token: bytes) -> None:
@@ -181,7 +190,13 @@ class _Api:
         pending, failed, error = await self._outbox.health()
         status = f"the outbox cannot be written: {error}" if error else "ok"
         content = {"status": status, "pending": pending, "failed": failed}
-        return _Answer(content, 503, _RETRY) if error else _Answer(content)
+        return _Answer(content, 503 if error else 200, _RETRY if error else None, background=self._catch_up)
+
+    async def refuse(self, request: Request, exc: Exception) -> Response:
+        """The answer to what cannot be kept; the framework logs what is no HTTPException."""
+        status, headers = (exc.status_code, exc.headers) if isinstance(exc, HTTPException) else (500, None)
+        detail = _DETAILS.get(status) or getattr(exc, "detail", "")
+        return _Answer({"detail": detail}, status, headers, background=self._catch_up)
 
     async def openapi(self, request: Request) -> Response:
         return _Answer({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
@@ -233,11 +248,6 @@ def _refuse_constant(name: str) -> None:
 
 # Python's own takes NaN, and takes an integer of more than 4,300 digits for malformed.
 _read_json = json.JSONDecoder(parse_int=float, parse_constant=_refuse_constant).decode
-
-
-async def _refuse(request: Request, exc: Exception) -> Response:
-    status, headers = (exc.status_code, exc.headers) if isinstance(exc, HTTPException) else (500, None)
-    return _Answer({"detail": _DETAILS.get(status) or getattr(exc, "detail", "")}, status, headers)
 
 
 async def _ignore(request: Request, exc: Exception) -> Response:
@@ -347,15 +357,16 @@ _LINGER = 0.02  # seconds that work which nobody waits for may wait for company
 
 
 class _Group(Generic[T]):
-    """One thread that takes all the work at once, or several of which each takes one."""
+    """One thread that takes all the work at once, or up to so many of which each takes one."""
 
-    def __init__(self, handle: Callable[[list[T]], None], threads: int = 1) -> None:
+    def __init__(self, handle: Callable[[list[T]], None], threads: int | None = None) -> None:
         self._handle = handle
-        self._max_threads = threads
+        self._takes_all = threads is None
+        self._max_threads = threads or 1
         self._works: deque[tuple[T, Any, anyio.Event]] = deque()
         self._later: list[T] = []
         self._events: dict[Any, anyio.Event] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # as the collection of a dropped task may put while it is held
         self._changed = threading.Condition(self._lock)
         self._threads = self._idle = 0
         self._dozing = False
@@ -367,7 +378,7 @@ class _Group(Generic[T]):
             event = self._events.get(loop)
             if event is None:
                 event = anyio.Event()
-                if self._max_threads == 1:
+                if self._takes_all and self._threads:
                     self._events[loop] = event
                 (getattr(loop, "call_soon", None) or loop.run_sync_soon)(self._wake)
             self._works.append((work, loop, event))
@@ -409,7 +420,7 @@ class _Group(Generic[T]):
             if not self._works and not self._later:
                 self._threads -= 1
                 return None
-            most = len(self._works) if self._max_threads == 1 else 1
+            most = len(self._works) if self._takes_all else min(1, len(self._works))
             taken = [self._works.popleft() for _ in range(most)]
             works, self._later, self._events = [work for work, *_ in taken] + self._later, [], {}
             return works, {(loop, event) for _, loop, event in taken}
@@ -431,7 +442,7 @@ def _call_soon(loop: Any, function: Callable[[], None]) -> None:
 
 _SCHEMA = """
 CREATE TABLE pending (     -- what is accepted and not delivered
-    seq INTEGER PRIMARY KEY,
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
     worker TEXT NOT NULL,  -- whose it is: it holds the lock WORKER.lock
     due REAL,              -- when to try again, on the worker's monotonic clock; NULL: in hand; 1e300: set aside
     since REAL,            -- when it failed first, on that clock
@@ -455,19 +466,19 @@ _CLAIM = """UPDATE pending SET due = NULL WHERE seq IN
     (SELECT seq FROM pending WHERE worker = ? AND due <= ? ORDER BY due LIMIT ?) RETURNING line, seq, since"""
 _COUNTS = "SELECT count(*) FILTER (WHERE due IS NULL OR due < 1e300), count(since) FROM pending WHERE worker = ?"
 _IN_HAND = "SELECT 1 FROM pending WHERE worker = ? AND due IS NULL LIMIT 1"
-_OTHERS = "SELECT DISTINCT worker FROM pending WHERE worker != ?"
+_OWNERS = "SELECT DISTINCT worker FROM pending"
 _IDS = "SELECT seq, substr(line, 26, 32) FROM pending WHERE worker = ?"
 _ADOPT = """UPDATE pending SET worker = ?, due = 0, since = NULL WHERE seq IN
     (SELECT seq FROM pending WHERE worker = ? LIMIT ?)"""
 _FORGET_KEYS = "DELETE FROM keys WHERE at < ?"
-_TAKE_KEYS = """INSERT INTO keys SELECT value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)
-    WHERE true ON CONFLICT DO NOTHING"""
-_WHOSE_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value ->> 0 FROM json_each(?))"
+_TAKE_KEYS = "INSERT INTO keys SELECT value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)"
+_WHOSE_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value FROM json_each(?))"
 _PROBE = "UPDATE probe SET padding = randomblob(16384)"  # needs as much room as a request
 
 _DAY = 24 * 60 * 60.0  # seconds
 _NEVER = 1e300  # when what is set aside is due
-_LOCK_WAIT = 5.0  # seconds to wait for a lock that is held briefly
+_BUSY_WAIT = 2.0  # seconds to wait for another worker's commit
+_LOCK_WAIT = 10.0  # seconds to wait for another worker's start, or its lines
 _ADOPTED_AT_ONCE = 5_000  # as others wait meanwhile
 _MAX_WAL = 16 * 1024 * 1024  # bytes
 
@@ -501,7 +512,7 @@ class _Outbox:
     def __init__(self, folder: _Path, max_pending: int, fsync: bool) -> None:
         self.database = _Database(None if os.fspath(folder) == ":memory:" else Path(folder).absolute(), fsync)
         self._max_pending = max_pending
-        self._writer: _Group[_Entry | Callable[[], None]] = _Group(self._write)
+        self._writer: _Group[_Entry | tuple[Callable[[], Any], Future[Any]]] = _Group(self._write)
         self._warn = _Warnings(1)
         self._accepted: set[int] = set()  # by this process, and not delivered; the writer's own
         self._settled: list[_Entry] = []  # what became of these is not in the database yet; the writer's own
@@ -519,7 +530,7 @@ class _Outbox:
         await self._writer.run(entry)
         if isinstance(entry.error, HTTPException):
             raise entry.error
-        if entry.error is not None:
+        if not entry.seq and not entry.replayed:
             raise HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         return entry
 
@@ -533,28 +544,23 @@ class _Outbox:
 
     async def call(self, function: Callable[[], T]) -> T:
         """What the function returns or raises on the writer's thread."""
-        results: list[T] = []
-        errors: list[Exception] = []
-
-        def call() -> None:
-            try:
-                results.append(function())
-            except _FAILURES as exc:
-                errors.append(exc)
-
-        await self._writer.run(call)
-        if errors:
-            raise errors[0]
-        return results[0]
+        future: Future[T] = Future()
+        await self._writer.run((function, future))
+        return future.result()
 
     async def health(self) -> tuple[int, int, Exception | None]:
         """How many are pending and have failed, as last known, and why the outbox cannot be written, if so."""
         try:
-            self._counts = await self.call(self.database.count)
-            await self.call(self.database.probe)
-        except _FAILURES as exc:
+            await self.call(self._look)
+        except Exception as exc:
             return *self._counts, exc
         return *self._counts, None
+
+    def _look(self) -> None:
+        pending, failed = self.database.count()
+        done = [entry for entry in self._settled if entry.due is None]  # but not deleted yet
+        self._counts = pending - len(done), failed - sum(entry.since is not None for entry in done)
+        self.database.probe()
 
     def claim(self, limit: int) -> tuple[list[_Entry], float]:
         """So many entries that are due, and those that no task came for, and when the next is due; for the writer."""
@@ -576,26 +582,27 @@ class _Outbox:
             entry.kept = now
             self._offered[entry.seq] = entry
 
-    def _write(self, works: list[_Entry | Callable[[], None]]) -> None:
+    def _write(self, works: list[_Entry | tuple[Callable[[], Any], Future[Any]]]) -> None:
         new = [work for work in works if isinstance(work, _Entry) and not work.seq]
         self._settled += [work for work in works if isinstance(work, _Entry) and work.seq]
         self._accepted.difference_update(entry.seq for entry in self._settled if entry.due is None)
-        for entry in new[max(0, self._max_pending - len(self._accepted)) :]:
-            entry.error = HTTPException(503, "Too many notifications are pending: try again later.", _RETRY)
         try:
-            self.database.write([entry for entry in new if entry.error is None], self._settled)
-        except _FAILURES as exc:
-            self._warn("the outbox cannot be written, and answers are 503: %r", exc)
-            for entry in new:
-                entry.error = entry.error or exc
-        else:
+            self.database.write(new, self._settled, self._max_pending - len(self._accepted))
             self._settled = []
+        except Exception as exc:  # whatever it is, there is no seq, and so no 202
+            for entry in new:
+                entry.replayed = False
+            self._warn("the outbox cannot be written, and answers are 503: %s", _reason(exc))
         fresh = [entry for entry in new if entry.seq]
         self._accepted.update(entry.seq for entry in fresh)
         self._offer(fresh)
         for work in works:
             if not isinstance(work, _Entry):
-                work()
+                function, future = work
+                try:
+                    future.set_result(function())
+                except Exception as exc:
+                    future.set_exception(exc)
 
 
 class _Database:
@@ -616,30 +623,36 @@ class _Database:
         try:
             if self._db is None:
                 self._db = self._open()
-            elif self.folder and os.stat(self._path).st_ino != self._inode:
+            elif self.folder and (os.stat(self._path).st_ino != self._inode or not os.path.exists(f"{self._path}-wal")):
                 raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
             remedy = "mend it, move it away to start with an empty one, or name another (NOTIFY_OUTBOX, outbox=)"
+            if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                remedy = "another worker holds it for long: see whether one is stopped, and try again"
             raise _OutboxError(f"the outbox {self.folder} cannot be used, {exc}: {remedy}") from exc
         return self._db
 
     def _open(self) -> sqlite3.Connection:
         worker = secrets.token_hex(8)
         with ExitStack() as opening:
-            new = True
             if self.folder:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 opening.enter_context(_locked(self.folder / "outbox.lock"))
-                new = _is_new(self._path)
+            new = self.folder is None or _is_new(self._path)
+            if self.folder:
                 _create(self._path)
                 self._inode = os.stat(self._path).st_ino
             db = self._connect()
+            on_failure = opening.enter_context(ExitStack())
+            on_failure.callback(db.close)
             if new:
                 db.executescript(f"BEGIN; {_SCHEMA} PRAGMA application_id = {_APPLICATION_ID}; COMMIT")
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # so that damage to the file shows
+            db.execute("PRAGMA busy_timeout = 0")  # see _transaction
             if self.folder:
+                _sync(self.folder, self.folder.parent)
                 self._alive.enter_context(_locked(self.folder / f"{worker}.lock"))
-        db.execute("PRAGMA busy_timeout = 0")  # see _transaction
+            on_failure.pop_all()
         self._worker = worker
         return db
 
@@ -650,14 +663,14 @@ class _Database:
         db.execute("PRAGMA wal_autocheckpoint = 0")  # as a commit would wait for it: see claim
         return db
 
-    def write(self, new: list[_Entry], settled: list[_Entry]) -> None:
-        """Commit what came in and what is done."""
+    def write(self, new: list[_Entry], settled: list[_Entry], room: int) -> None:
+        """Commit what came in, as far as there is room, and what is done."""
         if not new and not settled:
             return
         with _transaction(self.open()) as db:
-            if keyed := [entry for entry in new if entry.key is not None]:
-                self._find_replays(db, keyed)
-            fresh = [entry for entry in new if entry.error is None and not entry.replayed]
+            fresh = self._sort_out(db, new, room)
+            if keys := [(entry.key, entry.id, entry.digest) for entry in fresh if entry.key is not None]:
+                db.execute(_TAKE_KEYS, (time.time(), json.dumps(keys)))
             if fresh:
                 last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
             if delivered := [entry.seq for entry in settled if entry.due is None]:
@@ -667,16 +680,26 @@ class _Database:
         for position, entry in enumerate(reversed(fresh)):
             entry.seq = last - position
 
-    def _find_replays(self, db: sqlite3.Connection, entries: list[_Entry]) -> None:
-        keys = json.dumps([(entry.key, entry.id, entry.digest) for entry in entries])
-        db.execute(_FORGET_KEYS, (time.time() - _DAY,))
-        db.execute(_TAKE_KEYS, (time.time(), keys))
-        kept = {key: (identifier, digest) for key, identifier, digest in db.execute(_WHOSE_KEYS, (keys,))}
-        for entry in entries:
-            identifier, digest = kept[str(entry.key)]
-            if digest != entry.digest:
+    def _sort_out(self, db: sqlite3.Connection, new: list[_Entry], room: int) -> list[_Entry]:
+        """Those to be kept; the others are replayed, or have an error."""
+        fresh: list[_Entry] = []
+        owners: dict[str | None, tuple[str, str]] = {}
+        if keys := [entry.key for entry in new if entry.key is not None]:
+            db.execute(_FORGET_KEYS, (time.time() - _DAY,))
+            owners = {key: (name, digest) for key, name, digest in db.execute(_WHOSE_KEYS, (json.dumps(keys),))}
+        for entry in new:
+            owner, digest = owners.get(entry.key, ("", ""))
+            if owner and digest != entry.digest:
                 entry.error = HTTPException(422, "Use another Idempotency-Key: this one came with other content.")
-            entry.replayed, entry.id = identifier != entry.id, identifier
+            elif owner:
+                entry.replayed, entry.id = True, owner
+            elif len(fresh) >= room:
+                entry.error = HTTPException(503, "Too many notifications are pending: try again later.", _RETRY)
+            else:
+                fresh.append(entry)
+                if entry.key is not None:
+                    owners[entry.key] = (entry.id, entry.digest)
+        return fresh
 
     def count(self) -> tuple[int, int]:
         """How many entries are pending, and of how many the last attempt failed."""
@@ -703,16 +726,18 @@ class _Database:
             [due] = db.execute(_NEXT_DUE, (self._worker,)).fetchone()
         return [_Entry(*row) for row in rows], _NEVER if due is None else due
 
-    def tend(self) -> list[str]:
-        """Do now and then what no request shall wait for; the other workers with entries, which may be dead."""
+    def tend(self) -> set[str]:
+        """Do now and then what no request shall wait for; the other workers, which may be dead."""
         db = self.open()
         with _transaction(db):
             db.execute(_FORGET_KEYS, (time.time() - _DAY,))
         if self.folder and os.stat(f"{self._path}-wal").st_size > _MAX_WAL:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return [worker for (worker,) in db.execute(_OTHERS, (self._worker,))]
+        owners = {worker for (worker,) in db.execute(_OWNERS)}
+        locks = {path.stem for path in self.folder.glob("*.lock")} if self.folder else set()
+        return (owners | locks) - {self._worker, "outbox", "log"}
 
-    def adopt(self, worker: str, find_delivered: Callable[[set[str]], set[str]]) -> None:
+    def adopt(self, worker: str, find_delivered: Callable[[set[str]], set[str]]) -> int:
         """Make ours what a worker left, if it is dead, less what it had delivered; on a thread of its own."""
         folder = self.folder or Path()
         with ExitStack() as dead:
@@ -720,16 +745,17 @@ class _Database:
                 with _locked(folder / "outbox.lock"):  # two that try one lock at the same moment can both fail
                     dead.enter_context(_locked(folder / f"{worker}.lock", wait=0))
             except sqlite3.OperationalError:
-                return  # it lives
+                return 0  # it lives
             db = dead.enter_context(closing(self._connect()))
             rows = db.execute(_IDS, (worker,)).fetchall()
-            delivered = find_delivered({identifier for _, identifier in rows})
+            delivered = find_delivered({identifier for _, identifier in rows}) if rows else set()
             with _transaction(db):
                 db.execute(_DELETE, (worker, json.dumps([seq for seq, identifier in rows if identifier in delivered])))
             for _ in range(0, len(rows), _ADOPTED_AT_ONCE):
                 with _transaction(db):
                     db.execute(_ADOPT, (self._worker, worker, _ADOPTED_AT_ONCE))
         _remove(folder / f"{worker}.lock")
+        return len(rows) - len(delivered)
 
     @contextmanager
     def log_locked(self) -> Iterator[None]:
@@ -757,7 +783,7 @@ class _Database:
 
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    deadline = time.monotonic() + _LOCK_WAIT
+    deadline = time.monotonic() + _BUSY_WAIT
     while True:
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -791,7 +817,7 @@ def _open_lock(path: Path, wait: float) -> sqlite3.Connection:
 
 
 def _connect(path: Path, wait: float) -> sqlite3.Connection:
-    return sqlite3.connect(path, wait, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
 
 
 def _create(path: Path) -> None:
@@ -811,18 +837,37 @@ def _is_new(path: Path) -> bool:
     """Whether there is no database yet; raises if there is, but damaged or another program's. Changes nothing."""
     wal = Path(f"{path}-wal")
     size = path.stat().st_size if path.exists() else 0
+    magic = b""
+    if wal.exists():
+        with wal.open("rb") as file:
+            magic = file.read(4)
+    if magic.strip(b"\0") and magic not in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
+        raise OSError(f"{wal.name} is damaged")
     if size < 512:  # what SQLite takes for a new database, and removes the log of
-        if size or (wal.exists() and wal.stat().st_size):
+        if size or magic:
             raise OSError(f"{path.name} is no database")
         return True
     immutable = "" if wal.exists() else "&immutable=1"
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{immutable}", _LOCK_WAIT, uri=True)) as db:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{immutable}", timeout=_LOCK_WAIT, uri=True)) as db:
         [verdict] = db.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
-        if db.execute("PRAGMA application_id").fetchone() != (_APPLICATION_ID,):
-            raise sqlite3.DatabaseError("it is the database of another program")
-    return False
+        [application_id] = db.execute("PRAGMA application_id").fetchone()
+        [tables] = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if verdict != "ok":
+        raise OSError(verdict)
+    if tables and application_id != _APPLICATION_ID:
+        raise OSError("it is the database of another program")
+    return not tables  # as when the disk was full, or the process killed, while it was made
+
+
+def _sync(*folders: Path) -> None:
+    """Have the names of new files on the disk, where a folder can be opened."""
+    for folder in folders:
+        with suppress(OSError):
+            file = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
 
 
 # ------------------------------------------------------------------------------------------------------- relay
@@ -845,23 +890,30 @@ class _Relay:
         self._outbox = outbox
         self._notify = notify
         self._log_file = log_file
-        own = notify is not None
+        own, function = notify is not None, notify
+        while isinstance(function, partial):
+            function = function.func
         self._delay = 0.0 if own else delay
-        self._is_async = any(map(inspect.iscoroutinefunction, (notify, getattr(notify, "__call__", None))))  # noqa: B004
-        self._group: _Group[_Entry] = _Group(self._deliver_all, threads if own else 1)
+        self._is_async = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", 0))))  # noqa: B004
+        self._group: _Group[_Entry] = _Group(self._deliver_all, threads if own else None)
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
         self._warn = _Warnings(50 if own else 1)
         self._lifespans = 0
         self._stepping = threading.Lock()
         self._next = self._next_tick = 0.0  # when there is something to do, on the monotonic clock
         self._in_hand: set[_Entry] = set()
+        self._more = False
         self._nap: tuple[Any, anyio.Event] | None = None
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; does not raise."""
         if self._outbox.take(entry):
             await self._attempt(entry)
-        while not self._lifespans and time.monotonic() >= self._next:  # what needs a clock is done with the traffic
+        await self.catch_up()
+
+    async def catch_up(self) -> None:
+        """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
+        while not self._lifespans and time.monotonic() >= self._next:
             async with anyio.create_task_group() as tasks:
                 if not await self._step(tasks):
                     break
@@ -883,10 +935,10 @@ class _Relay:
 
     async def _run(self, tasks: TaskGroup) -> None:
         while True:
-            self._nap = _current_loop(), anyio.Event()
+            self._nap = nap = _current_loop(), anyio.Event()
             pause = self._next - time.monotonic() if await self._step(tasks) else _TICK
             with anyio.move_on_after(pause):
-                await self._nap[1].wait()
+                await nap[1].wait()
 
     async def _step(self, tasks: TaskGroup) -> bool:
         """Adopt what is left, and start to deliver what is due; False if this is being done elsewhere."""
@@ -895,20 +947,22 @@ class _Relay:
             return False
         try:
             self._next = now + _TICK
+            entries, due = await self._outbox.call(partial(self._outbox.claim, _WINDOW - len(self._in_hand)))
+            for entry in filter(self._outbox.take, entries):
+                self._in_hand.add(entry)
+                tasks.start_soon(self._deliver_again, entry)
+            self._more = due <= now  # and no room in the window
+            if not self._more:
+                self._next = min(self._next, due)
             if now >= self._next_tick:
                 self._next_tick = now + _TICK
                 for worker in await self._outbox.call(self._outbox.database.tend):
                     adopt = partial(self._outbox.database.adopt, worker, self._find_delivered)
                     limiter = anyio.CapacityLimiter(1)  # the host's threads stay the host's
-                    await anyio.to_thread.run_sync(adopt, limiter=limiter)
-            entries, due = await self._outbox.call(partial(self._outbox.claim, _WINDOW - len(self._in_hand)))
-            for entry in filter(self._outbox.take, entries):
-                self._in_hand.add(entry)
-                tasks.start_soon(self._deliver_again, entry)
-            if len(self._in_hand) < _WINDOW:
-                self._next = min(self._next, due)
-        except _FAILURES as exc:
-            self._warn("what is left in the outbox has to wait: %r", exc)
+                    if await anyio.to_thread.run_sync(adopt, limiter=limiter):
+                        self._next = 0.0
+        except Exception as exc:
+            self._warn("what is left in the outbox has to wait: %s", _reason(exc))
         finally:
             self._stepping.release()
         return True
@@ -921,7 +975,7 @@ class _Relay:
             await self._attempt(entry)
         finally:
             self._in_hand.discard(entry)
-            if not self._in_hand:
+            if self._more and len(self._in_hand) <= _WINDOW // 2:
                 self._ring(0)
 
     def _ring(self, due: float) -> None:
@@ -939,7 +993,7 @@ class _Relay:
                 await self._notify(_read_line(entry.line))
         except BaseException as exc:
             self._settle([entry], exc)
-            if not isinstance(exc, Exception):  # a cancellation goes on
+            if _ends_task(exc):
                 raise
         else:
             if self._is_async:
@@ -953,8 +1007,10 @@ class _Relay:
         try:
             if self._notify is None:
                 self._log_file.append([entry.line for entry in entries])
-            elif inspect.isawaitable(self._notify(_read_line(entries[0].line))):
-                raise TypeError("notify returned an awaitable, which nobody awaits: make it an async def")
+            else:
+                result = self._notify(_read_line(entries[0].line))
+                if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+                    raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
         except BaseException as exc:
             self._settle(entries, exc)
         else:
@@ -962,7 +1018,7 @@ class _Relay:
 
     def _settle(self, entries: list[_Entry], error: BaseException | None = None) -> None:
         if error is not None:
-            reason, now = repr(f"{type(error).__name__}: {error}")[:500], time.monotonic()
+            reason, now = _reason(error), time.monotonic()
             first = [entry.line[_ID] for entry in entries if entry.since is None]
             for entry in entries:
                 entry.since = now if entry.since is None else entry.since
@@ -982,6 +1038,23 @@ class _Relay:
         failing = now - since
         pause = min(self._wait_max, self._wait_initial + failing) * random.uniform(0.75, 1)
         return now + pause if failing < self._give_up else _NEVER
+
+
+def _ends_task(error: BaseException) -> bool:
+    """Whether it is this task that ends, and not only something that the notifier did or waited for."""
+    if isinstance(error, GeneratorExit):
+        return True
+    if not isinstance(error, anyio.get_cancelled_exc_class()):
+        return False
+    with suppress(RuntimeError):  # on trio nobody else can raise it
+        task = current_task()
+        return task is None or task.cancelling() > 0
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """In one line, of no great length, whatever the error does when it is printed."""
+    return repr("".join(format_exception_only(error)).strip())[:500]
 
 
 class _Warnings:
@@ -1009,11 +1082,14 @@ class _LogFile:
 
     def append(self, lines: list[str]) -> None:
         """Append the lines, all or none; raises OSError."""
-        # Opened by its name each time, so that it can be renamed. A FIFO is not to be its own reader.
-        mode = os.O_WRONLY if self._is_special() else os.O_RDWR
+        # Opened by its name each time, so that it can be renamed. A FIFO shall not be its own reader, nor wait for one.
+        special = self._is_special()
+        mode = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) if special else os.O_RDWR
         with ExitStack() as stack:
             file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
             stack.callback(os.close, file)
+            if special:
+                os.set_blocking(file, True)
             stack.enter_context(self._locked())
             self._append(file, "".join(f"{line}\n" for line in lines).encode())
 
@@ -1029,6 +1105,8 @@ class _LogFile:
                 data = data[os.write(file, data) :]
             if self._fsync and end is not None:
                 os.fsync(file)
+                if not end:
+                    _sync(self._path.parent)
         except OSError as exc:
             exc.filename = os.fspath(self._path)
             if end is not None:
@@ -1038,23 +1116,40 @@ class _LogFile:
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
         wanted, found = {identifier.encode() for identifier in ids}, set()
-        for path in self._path.parent.iterdir():
-            if path.name.startswith(self._path.stem) and path.is_file():
-                with path.open("rb") as lines:
-                    found |= {line[_ID] for line in lines if line[_ID] in wanted and line.endswith(b"\n")}
+        seen: set[int] = set()
+        while files := [path for path in self._path.parent.iterdir() if self._is_ours(path, seen)]:
+            for path in files:  # and look again, as it may be renamed meanwhile
+                with suppress(FileNotFoundError), path.open("rb") as file:
+                    seen.add(os.fstat(file.fileno()).st_ino)
+                    for line in iter(partial(file.readline, _MAX_LINE), b""):
+                        if line[_ID] in wanted and line.endswith(b"\n"):
+                            found.add(line[_ID])
         return {identifier.decode() for identifier in found}
+
+    def _is_ours(self, path: Path, seen: set[int]) -> bool:
+        # Never a file of the outbox's: to close it would drop this process's locks on it.
+        if path.suffix == ".lock" or path.name.startswith("outbox.db"):
+            return False
+        with suppress(FileNotFoundError):
+            state = path.stat()
+            name = re.match(re.escape(self._path.stem) + "(?![a-zA-Z])", path.name)
+            return name is not None and stat.S_ISREG(state.st_mode) and state.st_ino not in seen
+        return False
 
 
 def _cut_torn_line(file: int) -> int:
     """Where to append: after the last whole line, as a crash may have torn one."""
-    size = os.lseek(file, 0, os.SEEK_END)
-    start = max(0, size - _MAX_LINE)
-    os.lseek(file, max(0, size - 1), os.SEEK_SET)
-    if size and os.read(file, 1) != b"\n":
+    size = end = os.lseek(file, 0, os.SEEK_END)
+    while end:
+        start = max(0, end - (1 if end == size else _MAX_LINE))
         os.lseek(file, start, os.SEEK_SET)
-        size = start + os.read(file, _MAX_LINE).rfind(b"\n") + 1
-        os.ftruncate(file, size)
-    return size
+        newline = os.read(file, end - start).rfind(b"\n")
+        end = start + newline + 1 if newline >= 0 else start
+        if newline >= 0:
+            break
+    if end != size:
+        os.ftruncate(file, end)
+    return end
 
 
 # ----------------------------------------------------------------------------------------------------- the app
@@ -1102,7 +1197,7 @@ def create_app(
             _Route("/health", api.health, "GET"),
             _Route("/openapi.json", api.openapi, "GET"),
         ],
-        exception_handlers={HTTPException: _refuse, ClientDisconnect: _ignore, Exception: _refuse},
+        exception_handlers={HTTPException: api.refuse, ClientDisconnect: _ignore, Exception: api.refuse},
         lifespan=relay.lifespan,
     )
     service.router.redirect_slashes = False
