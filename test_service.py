@@ -1382,6 +1382,39 @@ async def test_anothers_message_cannot_pass_for_mine_after_a_crash(left, tmp_pat
     assert sorted(n.id for n in read(log)) == sorted([*accepted, *(response.json()["id"] for response in forged)])
 
 
+@pytest.mark.anyio
+async def test_an_outbox_whose_making_was_interrupted_is_made_again(tmp_path):
+    """A process that is killed, or a disk that is full, leaves SQLite's header, and not one table."""
+    (tmp_path / "outbox").mkdir()
+    with closing(sqlite3.connect(tmp_path / "outbox" / "outbox.db")) as half:
+        half.execute("PRAGMA journal_mode = WAL")
+    app = create_app(log=tmp_path / "log.txt", outbox=tmp_path / "outbox")
+    async with lifespan(app):
+        answer = await post(app)
+    assert ids(tmp_path / "log.txt") == [answer.json()["id"]]
+
+
+@pytest.mark.anyio
+async def test_log_and_outbox_may_share_a_folder(left):
+    """Its own files are not read for lines: to close one would drop the locks of this process."""
+    outbox, accepted = left
+    async with lifespan(create_app(log=outbox / "outbox.log", outbox=outbox)):
+        await soon(lambda: (outbox / "outbox.log").exists() and len(ids(outbox / "outbox.log")) == len(accepted))
+        [worker] = {path.stem for path in outbox.glob("*.lock")} - {"outbox", "log"}
+        probe = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN EXCLUSIVE')"
+        arguments = [sys.executable, "-c", probe, outbox / f"{worker}.lock"]
+        assert b"database is locked" in subprocess.run(arguments, capture_output=True).stderr
+
+
+@pytest.mark.anyio
+async def test_locks_of_the_dead_do_not_pile_up(tmp_path):
+    outbox = tmp_path / "outbox"
+    async with lifespan(create_app(log=tmp_path / "log.txt", outbox=outbox)):
+        for number in range(5):
+            (outbox / f"dead{number}.lock").touch()
+        await soon(lambda: not list(outbox.glob("dead*.lock")))
+
+
 # --------------------------------------------------------------------------------------------------- faults
 
 
@@ -1497,6 +1530,49 @@ async def a_caller_whose_time_is_up_in_the_middle_of_the_notifier(outbox):
     assert calls[0] == calls[1]
 
 
+class UnprintableError(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+async def an_async_notifier_that_raises(error):
+    calls = []
+
+    async def notify(notification):
+        calls.append(notification.message)
+        if len(calls) <= 2:
+            raise error
+
+    # Ends neither the relay nor its host.
+    app = create_app(notify, outbox=":memory:")
+    async with lifespan(app):
+        assert (await post(app, json={"message": "bad"})).status_code == 202
+        await soon(lambda: calls == ["bad"] * 3)
+        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
+
+
+async def a_task_that_comes_when_its_row_is_gone_and_another_came():
+    sent = []
+    app = create_app(sent.append, outbox=":memory:")
+    late = anyio.Event()
+
+    async def slow_host(scope, receive, send):
+        async def slow_send(message):
+            await send(message)
+            if message["type"] == "http.response.body" and scope["path"].endswith("a@b.c"):
+                await late.wait()
+
+        await app(scope, receive, slow_send)
+
+    async with lifespan(app), anyio.create_task_group() as tasks:
+        tasks.start_soon(post, slow_host, "a@b.c")
+        await soon(lambda: [n.email for n in sent] == ["a@b.c"])
+        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
+        await post(app)
+        late.set()
+    assert [n.email for n in sent] == ["a@b.c", USER]
+
+
 @pytest.mark.anyio
 async def test_the_relay_delivers_what_failed_or_was_abandoned_and_nothing_twice(tmp_path, caplog):
     """One test of what the names above say, since all of them wait for the relay's pauses."""
@@ -1511,6 +1587,9 @@ async def test_the_relay_delivers_what_failed_or_was_abandoned_and_nothing_twice
         tasks.start_soon(a_caller_that_is_cancelled_when_it_has_its_answer, tmp_path / "4", tmp_path / "log.txt")
         tasks.start_soon(a_client_that_takes_long_to_receive_its_answer, tmp_path / "5")
         tasks.start_soon(anyio.to_thread.run_sync, asyncio.run, time_is_up)
+        for error in (RuntimeError, UnprintableError, SystemExit, asyncio.CancelledError):
+            tasks.start_soon(an_async_notifier_that_raises, error)
+        tasks.start_soon(a_task_that_comes_when_its_row_is_gone_and_another_came)
 
 
 @pytest.mark.anyio
@@ -1530,6 +1609,45 @@ async def test_whatever_a_notifier_raises_harms_no_other(error):
         assert (await post(app, json={"message": message})).status_code == 202
     assert sent == ["one", "two"]
     assert await health(app) == {"status": "ok", "pending": 2, "failed": 2}
+
+
+@pytest.mark.anyio
+async def test_with_a_concurrency_of_one_each_of_many_at_once_is_notified():
+    sent = []
+    app = create_app(sent.append, outbox=":memory:", concurrency=1)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(30):
+            tasks.start_soon(post, app)
+    assert len({n.id for n in sent}) == len(sent) == 30
+
+
+@pytest.mark.anyio
+async def test_full_with_no_lifespan_it_heals_with_the_next_traffic(tmp_path):
+    log = tmp_path / "gone" / "log.txt"
+    app = create_app(log=log, outbox=tmp_path / "outbox", max_pending=2)
+    assert [(await post(app)).status_code for _ in range(3)] == [202, 202, 503]
+    log.parent.mkdir()
+
+    async def room():
+        return (await post(app)).status_code == 202
+
+    await soon(room)
+
+
+@pytest.mark.anyio
+async def test_at_max_pending_a_key_that_was_answered_is_answered_again():
+    def notify(notification):
+        raise RuntimeError
+
+    app = create_app(notify, outbox=":memory:", max_pending=1)
+    first = await post(app, headers=KEY)
+    again, other, full = (
+        await post(app, headers=KEY),
+        await post(app, headers=KEY, json={"message": "x"}),
+        await post(app),
+    )
+    assert [answer.status_code for answer in (first, again, other, full)] == [202, 202, 422, 503]
+    assert again.json() == first.json()
 
 
 @pytest.mark.anyio
