@@ -922,14 +922,19 @@ class _Relay:
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
         await self._outbox.call(self._outbox.database.open)
-        async with anyio.create_task_group() as tasks:
-            self._lifespans += 1
-            tasks.start_soon(self._run, tasks)
-            try:
-                yield
-            finally:
-                self._lifespans -= 1
-                tasks.cancel_scope.cancel()
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._lifespans += 1
+                tasks.start_soon(self._run, tasks)
+                try:
+                    yield
+                finally:
+                    self._lifespans -= 1
+                    tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:  # the host's own error shall reach it as it was
+            if len(group.exceptions) > 1:
+                raise
+            raise group.exceptions[0] from None
         with suppress(*_FAILURES):
             await self._outbox.call(self._outbox.close)
 

@@ -1130,6 +1130,13 @@ def test_one_app_serves_six_threads_each_with_its_own_loop(tmp_path):
     assert sorted(n.id for n in read(tmp_path / "log.txt")) == sorted(answers)
 
 
+@pytest.mark.anyio
+async def test_an_error_in_the_hosts_own_lifespan_reaches_it_as_it_was():
+    with pytest.raises(LookupError, match="the host's"):
+        async with lifespan(create_app(outbox=":memory:")):
+            raise LookupError("the host's")
+
+
 # --------------------------------------------------------------------------------------------------- outbox
 
 
