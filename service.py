@@ -281,7 +281,11 @@ _STRING = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
 _HEALTH = _object(status=_STRING, pending=_COUNT, failed=_COUNT)
 _PROBLEM = _object(detail=_STRING | {"description": "What to do, in one sentence."})
-_FAILED = {"500": _answer("The service failed.", _PROBLEM)}
+_ANYWHERE = {
+    "404": _answer("No such path.", _PROBLEM),
+    "405": _answer("No such method here.", _PROBLEM, "Allow"),
+    "500": _answer("The service failed.", _PROBLEM),
+}
 _BODY = _object(message=_STRING | {"maxLength": 10_000, "default": _DEFAULT_MESSAGE}) | {"required": []}
 _SEND = {
     "operationId": "sendNotification",
@@ -302,7 +306,7 @@ _SEND = {
         "415": _answer("The body is not application/json.", _PROBLEM),
         "422": _answer("The address or the body is not valid, or the key came with other content.", _PROBLEM),
         "503": _answer("Too many are pending, or the outbox cannot be written.", _PROBLEM, "Retry-After"),
-        **_FAILED,
+        **_ANYWHERE,
     },
 }
 _OPENAPI: dict[str, Any] = {
@@ -310,7 +314,7 @@ _OPENAPI: dict[str, Any] = {
     "info": {
         "title": "Notify",
         "version": "1.0.0",
-        "description": "202 means kept. Unknown paths are 404, methods 405.",
+        "description": "Answers first and notifies after: 202 means kept.",
     },
     "paths": {
         "/send-notification/{email}": {"post": _SEND},
@@ -321,7 +325,7 @@ _OPENAPI: dict[str, Any] = {
                 "responses": {
                     "200": _answer("They can.", _HEALTH),
                     "503": _answer("The outbox cannot be written.", _HEALTH, "Retry-After"),
-                    **_FAILED,
+                    **_ANYWHERE,
                 },
             },
             "head": {
@@ -334,7 +338,7 @@ _OPENAPI: dict[str, Any] = {
             "get": {
                 "operationId": "getDescription",
                 "summary": "This description.",
-                "responses": {"200": _answer("OpenAPI 3.1.", {"type": "object"}), **_FAILED},
+                "responses": {"200": _answer("OpenAPI 3.1.", {"type": "object"}), **_ANYWHERE},
             }
         },
     },

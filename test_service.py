@@ -825,9 +825,9 @@ async def test_the_document_tells_every_route_and_answer(document):
         ("GET", "/openapi.json"),
     }
     sending = answers["POST", "/send-notification/{email}"]
-    assert sending >= {"202", "400", "401", "413", "415", "422", "503", "500"}
-    assert answers["GET", "/health"] >= {"200", "503"}
-    assert all(str(status) in json.dumps(document) for status in (404, 405))
+    assert sending == {"202", "400", "401", "404", "405", "413", "415", "422", "503", "500"}
+    assert answers["GET", "/health"] == {"200", "404", "405", "503", "500"}
+    assert answers["GET", "/openapi.json"] == {"200", "404", "405", "500"}
 
 
 @pytest.mark.anyio
