@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import FrozenInstanceError, asdict
 from datetime import UTC, datetime
@@ -1128,6 +1129,26 @@ def test_one_app_serves_six_threads_each_with_its_own_loop(tmp_path):
         thread.join(20)
     assert len(answers) == 120
     assert sorted(n.id for n in read(tmp_path / "log.txt")) == sorted(answers)
+
+
+def test_one_app_may_have_its_lifespan_on_three_loops_at_once():
+    calls = []
+
+    def notify(notification):
+        calls.append(notification.message)
+        if calls.count(notification.message) == 1:
+            raise RuntimeError
+
+    app = create_app(notify, outbox=":memory:")
+
+    async def one_loop(message):
+        async with lifespan(app):
+            assert (await post(app, json={"message": message})).status_code == 202
+            await soon(lambda: calls.count(message) == 2)
+
+    with ThreadPoolExecutor(3) as loops:
+        list(loops.map(lambda message: asyncio.run(one_loop(message)), "abc"))
+    assert sorted(calls) == list("aabbcc")
 
 
 @pytest.mark.anyio
