@@ -664,7 +664,7 @@ class _Database:
         db = _connect(self._path, _LOCK_WAIT)
         db.execute("PRAGMA journal_mode = WAL")  # who reads does not wait for who writes
         db.execute(f"PRAGMA synchronous = {self._synchronous}")  # FULL: a commit is on the disk
-        db.execute("PRAGMA wal_autocheckpoint = 0")  # as a commit would wait for it: see claim
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # as a commit would wait for it: see tend
         return db
 
     def write(self, new: list[_Entry], settled: list[_Entry], room: int) -> None:
