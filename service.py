@@ -18,11 +18,13 @@ variable too: ``NOTIFY_`` and its name in capitals.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import inspect
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -32,61 +34,56 @@ import stat
 import threading
 import time
 import weakref
-from asyncio import current_task, get_running_loop
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from traceback import format_exception_only
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
-from anyio.lowlevel import current_token
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("notify")
-T = TypeVar("T")
-_Path = str | os.PathLike[str]
 
 # ---------------------------------------------------------------------------------------------------- settings
 
-
-def _is_path(value: object) -> bool:
-    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else b""
-    return isinstance(path, str) and path != "" and "\0" not in path
-
-
+_is_path = re.compile(r"[^\0]+").fullmatch
+_is_token = re.compile("[!-~]+").fullmatch
 _SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 # Of each: how it is read from a variable, whether it makes sense, and the rule.
 _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] = {
-    "log": (str, _is_path, "the path of a file"),
-    "outbox": (str, _is_path, "the path of a folder"),
-    "delay": (float, lambda number: type(number) in (int, float) and 0 <= number < math.inf, "seconds, 0 or more"),
-    "concurrency": (int, lambda number: type(number) is int and number >= 1, "a whole number of at least 1"),
-    "max_pending": (int, lambda number: type(number) is int and number >= 1, "a whole number of at least 1"),
-    "token": (
-        str,
-        lambda text: text is None or (type(text) is str and re.fullmatch("[!-~]+", text)),
-        "printable ASCII with no space in it",
-    ),
+    "log": (str, lambda value: isinstance(value, (str, Path)) and _is_path(str(value)), "the path of a file"),
+    "outbox": (str, lambda value: isinstance(value, (str, Path)) and _is_path(str(value)), "the path of a folder"),
+    "delay": (float, lambda value: type(value) in (int, float) and 0 <= value < math.inf, "seconds, 0 or more"),
+    "concurrency": (int, lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
+    "max_pending": (int, lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
+    "token": (str, lambda value: value is None or (type(value) is str and _is_token(value)), "ASCII with no space"),
     "fsync": (lambda text: _SWITCH[text.lower()], lambda value: type(value) is bool, "true or false"),
 }
 
 
-def _check(name: str, label: str, value: object) -> None:
+def _check(name: str, value: object, label: str) -> None:
     _, makes_sense, rule = _SETTINGS[name]
     if not makes_sense(value):
         raise ValueError(f"{label} must be {rule}, not {value!r}")
@@ -95,12 +92,12 @@ def _check(name: str, label: str, value: object) -> None:
 def _environment() -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, (read, *_) in _SETTINGS.items():
-        label = f"NOTIFY_{name.upper()}"
-        if (value := os.environ.get(label)) is not None:
+        variable = f"NOTIFY_{name.upper()}"
+        if (value := os.environ.get(variable)) is not None:
             settings[name] = value
             with suppress(ValueError, KeyError):
                 settings[name] = read(value)
-            _check(name, label, settings[name])
+            _check(name, settings[name], variable)
     return settings
 
 
@@ -121,11 +118,15 @@ class Notification:
     accepted_at: str
 
 
-def _write_line(accepted_at: str, identifier: str, email: str, message: str) -> str:
+_ID = slice(25, 57)  # of a line: after 24 characters of time and a space
+
+
+def _write_line(email: str, message: str) -> str:
     """One notification is one line: what is not printable is escaped, so that no message can forge another's."""
+    accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6]
     if "\\" in message or not message.isprintable():
         message = "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in message)
-    return f"{accepted_at} {identifier} notification for {email}: {message}"
+    return f"{accepted_at}Z {secrets.token_hex(16)} notification for {email}: {message}"
 
 
 def _read_line(line: str) -> Notification:
@@ -135,9 +136,6 @@ def _read_line(line: str) -> Notification:
     return Notification(identifier, email, message, accepted_at)
 
 
-_ID = slice(25, 57)  # of a line: after 24 characters of time and a space
-_MAX_LINE = 128 * 1024  # bytes: 10,000 characters, of at most 10 each when escaped, and what stands before them
-
 # --------------------------------------------------------------------------------------------------- endpoints
 
 # https://html.spec.whatwg.org/multipage/input.html#valid-e-mail-address
@@ -146,27 +144,29 @@ _EMAIL = rf"[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*"
 _is_email = re.compile(_EMAIL).fullmatch
 _is_key = re.compile("[ -~]{1,255}").fullmatch
 _has_surrogate = re.compile("[\ud800-\udfff]").search
+# Python's own takes NaN, and takes an integer of more than 4,300 digits for malformed.
+_read_json = json.JSONDecoder(parse_int=float, parse_constant=int).decode
 
+_MESSAGE = "some notification"
 _MAX_BODY = 64 * 1024  # bytes
-_DEFAULT_MESSAGE = "some notification"
 _RETRY = {"Retry-After": "1"}  # seconds
 _DETAILS = {
+    401: "Send the header Authorization: Bearer <token>.",
     404: "Nothing is here: see /openapi.json for what there is.",
     405: "Use one of the methods that the Allow header names.",
+    413: "Send a body of at most 64 KiB.",
+    415: "Send the body as Content-Type: application/json, or send none.",
     500: "The service failed: ask whoever runs it, as its log says why.",
 }
 
 
 class _Api:
     def __init__(self, outbox: _Outbox, relay: _Relay, token: str | None) -> None:
-        self._outbox = outbox
-        self._relay = relay
-        self._token = None if token is None else token.encode()
-        self._catch_up = BackgroundTask(relay.catch_up)
+        self._outbox, self._relay, self._token = outbox, relay, token
 
     async def send_notification(self, request: Request) -> Response:
-        if self._token is not None:
-            self._authorize(request, self._token)
+        if self._token is not None and not self._is_authorized(request):
+            raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
         email = request.path_params["email"].removesuffix("/")
         if not email:
             raise HTTPException(404)
@@ -177,95 +177,54 @@ class _Api:
             raise HTTPException(400, "Make Idempotency-Key 1 to 255 printable ASCII characters.")
         entry = await self._outbox.accept(email, await _read_message(request), key)
         content = {"id": entry.id, "message": "Notification sent in the background"}
-        if entry.replayed:
-            return _Answer(content, 202, {"Idempotent-Replayed": "true"}, background=self._catch_up)
-        return _Answer(content, 202, background=BackgroundTask(self._relay.deliver, entry))
+        headers = None if entry.seq else {"Idempotent-Replayed": "true"}
+        return JSONResponse(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
 
-    def _authorize(self, request: Request, token: bytes) -> None:
+    def _is_authorized(self, request: Request) -> bool:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode("latin-1"), token):
-            raise HTTPException(401, "Send the header Authorization: Bearer <token>.", {"WWW-Authenticate": "Bearer"})
+        same = secrets.compare_digest(given.strip().encode("latin-1"), str(self._token).encode())
+        return same and scheme.lower() == "bearer"
 
     async def health(self, request: Request) -> Response:
         pending, failed, error = await self._outbox.health()
         status = f"the outbox cannot be written: {error}" if error else "ok"
         content = {"status": status, "pending": pending, "failed": failed}
-        return _Answer(content, 503 if error else 200, _RETRY if error else None, background=self._catch_up)
+        headers = _RETRY if error else None
+        return JSONResponse(content, 503 if error else 200, headers, background=BackgroundTask(self._relay.catch_up))
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
 
     async def refuse(self, request: Request, exc: Exception) -> Response:
         """The answer to what cannot be kept; the framework logs what is no HTTPException."""
+        if isinstance(exc, ClientDisconnect):
+            return Response(status_code=400)  # nobody is there to read it
         status, headers = (exc.status_code, exc.headers) if isinstance(exc, HTTPException) else (500, None)
         detail = _DETAILS.get(status) or getattr(exc, "detail", "")
-        return _Answer({"detail": detail}, status, headers, background=self._catch_up)
-
-    async def openapi(self, request: Request) -> Response:
-        return _Answer({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
-
-
-class _Answer(JSONResponse):
-    """Starlette's own, with one encoder for all answers."""
-
-    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-    def render(self, content: Any) -> bytes:
-        return self.encode(content).encode()
+        return JSONResponse({"detail": detail}, status, headers, background=BackgroundTask(self._relay.catch_up))
 
 
 async def _read_message(request: Request) -> str:
-    body = await _read_body(request)
+    body = bytearray()
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > _MAX_BODY:
+                raise HTTPException(413)
     if not body:
-        return _DEFAULT_MESSAGE
+        return _MESSAGE
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "Send the body as Content-Type: application/json, or send none.")
+        raise HTTPException(415)
     try:
         content = _read_json(body.decode())
     except (ValueError, RecursionError):
         raise HTTPException(400, "Send a body that is JSON in UTF-8.") from None
     if not isinstance(content, dict) or not content.keys() <= {"message"}:
         raise HTTPException(422, "Send a JSON object with no other key than message.")
-    message = content.get("message", _DEFAULT_MESSAGE)
+    message = content.get("message", _MESSAGE)
     if not isinstance(message, str) or len(message) > 10_000 or _has_surrogate(message):
         raise HTTPException(422, "Make message a string of at most 10,000 characters, with no lone surrogate.")
     return message
-
-
-async def _read_body(request: Request) -> bytes:
-    body, more = bytearray(), True
-    while more:
-        event = await request.receive()
-        if event["type"] == "http.disconnect":
-            raise ClientDisconnect
-        body += event.get("body", b"")
-        if len(body) > _MAX_BODY:
-            raise HTTPException(413, "Send a body of at most 64 KiB.")
-        more = event.get("more_body", False)
-    return bytes(body)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-# Python's own takes NaN, and takes an integer of more than 4,300 digits for malformed.
-_read_json = json.JSONDecoder(parse_int=float, parse_constant=_refuse_constant).decode
-
-
-async def _ignore(request: Request, exc: Exception) -> Response:
-    return Response(status_code=400)  # for nobody: the client went away in the middle of its body
-
-
-class _Route(Route):
-    """Matches the whole path, but for one slash at its end: Starlette's own lets a last newline fall off."""
-
-    def __init__(self, path: str, endpoint: Callable[[Request], Any], method: str) -> None:
-        super().__init__(path, endpoint, methods=[method])
-        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            response = await endpoint(Request(scope, receive, send))
-            await response(scope, receive, send)
-
-        self.app = app  # Starlette's own looks for exception handlers, as the app does already
 
 
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:
@@ -273,74 +232,45 @@ def _object(**properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(description: str, schema: dict[str, Any] | None = None, *headers: str) -> dict[str, Any]:
-    answer: dict[str, Any] = {"description": description, "headers": {name: {"schema": _STRING} for name in headers}}
-    return answer | ({"content": {"application/json": {"schema": schema}}} if schema else {})
+    content = {"content": {"application/json": {"schema": schema}}} if schema else {}
+    return {"description": description, "headers": {name: {"schema": _STRING} for name in headers}, **content}
+
+
+def _operation(name: str, answers: dict[str, Any], *refused: int, **more: Any) -> dict[str, Any]:
+    for code in refused:
+        headers = {401: ["WWW-Authenticate"], 405: ["Allow"], 503: ["Retry-After"]}.get(code, [])
+        answers[str(code)] = _answer(_DETAILS.get(code) or HTTPStatus(code).phrase, _object(detail=_STRING), *headers)
+    return {"operationId": name, "responses": answers, **more}
 
 
 _STRING = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
 _HEALTH = _object(status=_STRING, pending=_COUNT, failed=_COUNT)
-_PROBLEM = _object(detail=_STRING | {"description": "What to do, in one sentence."})
-_ANYWHERE = {
-    "404": _answer("No such path.", _PROBLEM),
-    "405": _answer("No such method here.", _PROBLEM, "Allow"),
-    "500": _answer("The service failed.", _PROBLEM),
-}
-_BODY = _object(message=_STRING | {"maxLength": 10_000, "default": _DEFAULT_MESSAGE}) | {"required": []}
-_SEND = {
-    "operationId": "sendNotification",
-    "summary": "Keep a notification, answer, and deliver it afterwards.",
-    "security": [{}, {"token": []}],
-    "parameters": [
-        {"name": "email", "in": "path", "required": True}
-        | {"schema": _STRING | {"pattern": f"^{_EMAIL}$", "maxLength": 254}},
-        {"name": "Idempotency-Key", "in": "header", "description": "What comes again in 24 hours notifies once."}
-        | {"schema": _STRING | {"pattern": "^[ -~]+$", "minLength": 1, "maxLength": 255}},
+_BODY = _object(message=_STRING | {"maxLength": 10_000, "default": _MESSAGE}) | {"required": []}
+_ADDRESS = {"schema": _STRING | {"pattern": f"^{_EMAIL}$", "maxLength": 254}}
+_KEY = {"schema": _STRING | {"pattern": "^[ -~]+$", "minLength": 1, "maxLength": 255}}
+_SEND_NOTIFICATION = _operation(
+    "sendNotification",
+    {"202": _answer("It is kept.", _object(id=_STRING, message=_STRING), "Idempotent-Replayed")},
+    *(400, 401, 404, 405, 413, 415, 422, 500, 503),
+    security=[{}, {"token": []}],
+    parameters=[
+        {"name": "email", "in": "path", "required": True, **_ADDRESS},
+        {"name": "Idempotency-Key", "in": "header", **_KEY},
     ],
-    "requestBody": {"content": {"application/json": {"schema": _BODY}}},
-    "responses": {
-        "202": _answer("It is kept.", _object(id=_STRING, message=_STRING), "Idempotent-Replayed"),
-        "400": _answer("The body is not JSON, or Idempotency-Key is not printable ASCII.", _PROBLEM),
-        "401": _answer("The token is missing or wrong.", _PROBLEM, "WWW-Authenticate"),
-        "413": _answer("The body is over 64 KiB.", _PROBLEM),
-        "415": _answer("The body is not application/json.", _PROBLEM),
-        "422": _answer("The address or the body is not valid, or the key came with other content.", _PROBLEM),
-        "503": _answer("Too many are pending, or the outbox cannot be written.", _PROBLEM, "Retry-After"),
-        **_ANYWHERE,
-    },
-}
+    requestBody={"content": {"application/json": {"schema": _BODY}}},
+)
+_GET_HEALTH = {"200": _answer("It can keep.", _HEALTH), "503": _answer("It cannot.", _HEALTH, "Retry-After")}
+_HEAD_HEALTH = {"200": _answer("It can keep."), "503": _answer("It cannot."), "500": _answer("It failed.")}
+_GET_DOCUMENT = {"200": _answer("This document.", {"type": "object"})}
+_HEALTH_METHODS = {"get": _operation("getHealth", _GET_HEALTH, 404, 405, 500), "head": _operation("head", _HEAD_HEALTH)}
 _OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",
-    "info": {
-        "title": "Notify",
-        "version": "1.0.0",
-        "description": "Answers first and notifies after: 202 means kept.",
-    },
+    "info": {"title": "Notify", "version": "1.0.0", "description": "Answers first, notifies after: 202 means kept."},
     "paths": {
-        "/send-notification/{email}": {"post": _SEND},
-        "/health": {
-            "get": {
-                "operationId": "getHealth",
-                "summary": "Whether notifications can be kept, and how many wait.",
-                "responses": {
-                    "200": _answer("They can.", _HEALTH),
-                    "503": _answer("The outbox cannot be written.", _HEALTH, "Retry-After"),
-                    **_ANYWHERE,
-                },
-            },
-            "head": {
-                "operationId": "headHealth",
-                "summary": "Whether notifications can be kept.",
-                "responses": {"200": _answer("They can."), "503": _answer("They cannot."), "500": _answer("Failed.")},
-            },
-        },
-        "/openapi.json": {
-            "get": {
-                "operationId": "getDescription",
-                "summary": "This description.",
-                "responses": {"200": _answer("OpenAPI 3.1.", {"type": "object"}), **_ANYWHERE},
-            }
-        },
+        "/send-notification/{email}": {"post": _SEND_NOTIFICATION},
+        "/health": _HEALTH_METHODS,
+        "/openapi.json": {"get": _operation("getDocument", _GET_DOCUMENT, 404, 405, 500)},
     },
     "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
 }
@@ -348,150 +278,113 @@ _OPENAPI: dict[str, Any] = {
 # ------------------------------------------------------------------------------------------------ group commit
 #
 # Goals: the event loop waits for no disk and no notifier. No hop between threads, no commit and no wake-up for each
-# notification, but one for all that gathered. Nothing belongs to one event loop, as one app may serve several, and
-# an app that is no longer used leaves nothing behind.
+# notification, but one for all that gathered. Nothing belongs to one event loop, as one app may serve several.
 #
-# Plan: `run` adds the work to a list, and waits for an event that it shares with all who wait on the same loop. When
+# Plan: `run` adds the entry to a list, and waits for an event that it shares with all who wait on the same loop. When
 # the loop has done its turn, a thread takes the list, handles it, and has each loop set its event. What comes
-# meanwhile gathers for the next round, so that rounds grow with the load. The thread starts with the first work, and
-# ends when there has been none for a while. Work is handled even if the one who waited for it was cancelled.
+# meanwhile gathers for the next round, so that rounds grow with the load. The thread starts with the first entry, and
+# ends soon after the last. An entry is handled even if the one who waited for it was cancelled.
 
-_IDLE = 5.0  # seconds
-_LINGER = 0.02  # seconds that work which nobody waits for may wait for company
+_LINGER = 0.05  # seconds that a thread waits for more, and what is put for company
 
 
-class _Group(Generic[T]):
-    """One thread that takes all the work at once, or up to so many of which each takes one."""
+class _Group:
+    """One thread that takes all there is, or up to so many of which each takes one."""
 
-    def __init__(self, handle: Callable[[list[T]], None], threads: int | None = None) -> None:
-        self._handle = handle
-        self._takes_all = threads is None
-        self._max_threads = threads or 1
-        self._works: deque[tuple[T, Any, anyio.Event]] = deque()
-        self._later: list[T] = []
-        self._events: dict[Any, anyio.Event] = {}
-        self._lock = threading.RLock()  # as the collection of a dropped task may put while it is held
-        self._changed = threading.Condition(self._lock)
+    def __init__(self, handle: Callable[[list[_Entry]], None], threads: int | None = None) -> None:
+        self._handle, self._most = handle, threads
+        self._entries: list[tuple[_Entry, Any, anyio.Event]] = []
+        self._put: list[_Entry] = []
+        self._rounds: dict[Any, anyio.Event] = {}  # what the next round sets, for each loop
+        self._changed = threading.Condition()  # reentrant, as the collection of a dropped task may put
         self._threads = self._idle = 0
-        self._dozing = False
 
-    async def run(self, work: T) -> None:
-        """Return when the work was handled."""
-        loop = _current_loop()
-        with self._lock:
-            event = self._events.get(loop)
-            if event is None:
-                event = anyio.Event()
-                if self._takes_all and self._threads:
-                    self._events[loop] = event
-                (getattr(loop, "call_soon", None) or loop.run_sync_soon)(self._wake)
-            self._works.append((work, loop, event))
-        await event.wait()
+    async def run(self, entry: _Entry) -> None:
+        """Return when the entry was handled."""
+        try:
+            loop: Any = asyncio.get_running_loop()
+            call_soon, call_soon_threadsafe = loop.call_soon, loop.call_soon_threadsafe
+        except RuntimeError:  # on trio; AnyIO's own way in from a thread waits until it was called
+            loop = anyio.lowlevel.current_token().native_token
+            call_soon = call_soon_threadsafe = loop.run_sync_soon
+        with self._changed:
+            if loop not in self._rounds or self._most or not self._threads:
+                self._rounds[loop] = anyio.Event()
+                call_soon(self._wake)
+            done = self._rounds[loop]
+            self._entries.append((entry, call_soon_threadsafe, done))
+        await done.wait()
 
-    def put(self, works: list[T]) -> None:
-        """Have the works handled soon; from any thread."""
-        with self._lock:
-            self._later += works
-        if self._dozing or not self._threads:
-            self._wake()
+    def put(self, entries: list[_Entry]) -> None:
+        """Have the entries handled soon, with others if there are any; from any thread."""
+        with self._changed:
+            self._put += entries
+            if not self._threads:
+                self._wake()
 
     def _wake(self) -> None:
-        with self._lock:
+        with self._changed:
             self._changed.notify()
-            if self._threads < self._max_threads and (not self._threads or len(self._works) > self._idle):
+            if self._threads < (self._most or 1) and (not self._threads or len(self._entries) > self._idle):
                 threading.Thread(target=self._work, name="notify", daemon=True).start()
                 self._threads += 1
 
     def _work(self) -> None:
         while taken := self._take():
-            works, waiting = taken
+            entries, waiting = taken
             try:
-                self._handle(works)
+                self._handle(entries)
             except Exception:
                 log.exception("this should not happen, and is a bug of the service")
-            for loop, event in waiting:
+            for done, call_soon in waiting.items():
                 with suppress(RuntimeError):  # the loop is closed, and nobody waits
-                    _call_soon(loop, event.set)
+                    call_soon(done.set)
 
-    def _take(self) -> tuple[list[T], set[tuple[Any, anyio.Event]]] | None:
-        with self._lock:
+    def _take(self) -> tuple[list[_Entry], dict[anyio.Event, Any]] | None:
+        with self._changed:
             self._idle += 1
-            if not self._changed.wait_for(lambda: self._works, _LINGER) and not self._later:
-                self._dozing = True
-                self._changed.wait_for(lambda: self._works or self._later, _IDLE)
-                self._dozing = False
+            self._changed.wait_for(lambda: self._entries, _LINGER)
             self._idle -= 1
-            if not self._works and not self._later:
+            if not self._entries and not self._put:
                 self._threads -= 1
                 return None
-            most = len(self._works) if self._takes_all else min(1, len(self._works))
-            taken = [self._works.popleft() for _ in range(most)]
-            works, self._later, self._events = [work for work, *_ in taken] + self._later, [], {}
-            return works, {(loop, event) for _, loop, event in taken}
-
-
-def _current_loop() -> Any:
-    try:
-        return get_running_loop()
-    except RuntimeError:
-        return current_token().native_token
-
-
-def _call_soon(loop: Any, function: Callable[[], None]) -> None:
-    # AnyIO's own way in from another thread waits until the loop has done it; asyncio's and trio's do not.
-    (getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon)(function)
+            most = 1 if self._most else len(self._entries)
+            taken, self._entries = self._entries[:most], self._entries[most:]
+            entries, self._put, self._rounds = [entry for entry, *_ in taken] + self._put, [], {}
+            return entries, {done: call_soon for _, call_soon, done in taken}
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
 
 _SCHEMA = """
+BEGIN;
 CREATE TABLE pending (     -- what is accepted and not delivered
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    worker TEXT NOT NULL,  -- whose it is: it holds the lock WORKER.lock
-    due REAL,              -- when to try again, on the worker's monotonic clock; NULL: in hand; 1e300: set aside
-    since REAL,            -- when it failed first, on that clock
+    worker TEXT NOT NULL,  -- whose it is: it holds the lock WORKER.lock; '': nobody's, for who adopts it
     line TEXT NOT NULL     -- as in the log
 );
-CREATE INDEX pending_due ON pending (worker, due) WHERE due IS NOT NULL;
 CREATE TABLE keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX keys_at ON keys (at);
-CREATE TABLE probe (padding BLOB);
-INSERT INTO probe VALUES (NULL);
+PRAGMA application_id = 0x6E6F7466;
+COMMIT;
+PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 """
-_APPLICATION_ID = 0x6E6F7466
-
 # One statement for many rows, as with each the thread gives up the interpreter, and has to get it back.
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
-_DELETE = "DELETE FROM pending WHERE worker = ? AND seq IN (SELECT value FROM json_each(?))"
-_POSTPONE = """UPDATE pending SET due = value ->> 1, since = value ->> 2 FROM json_each(?2)
-    WHERE worker = ?1 AND seq = value ->> 0"""
-_NEXT_DUE = "SELECT min(due) FROM pending WHERE worker = ? AND due IS NOT NULL"
-_CLAIM = """UPDATE pending SET due = NULL WHERE seq IN
-    (SELECT seq FROM pending WHERE worker = ? AND due <= ? ORDER BY due LIMIT ?) RETURNING line, seq, since"""
-_COUNTS = "SELECT count(*) FILTER (WHERE due IS NULL OR due < 1e300), count(since) FROM pending WHERE worker = ?"
-_IN_HAND = "SELECT 1 FROM pending WHERE worker = ? AND due IS NULL LIMIT 1"
+_DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
 _OWNERS = "SELECT DISTINCT worker FROM pending"
-_IDS = "SELECT seq, substr(line, 26, 32) FROM pending WHERE worker = ?"
-_ADOPT = """UPDATE pending SET worker = ?, due = 0, since = NULL WHERE seq IN
-    (SELECT seq FROM pending WHERE worker = ? LIMIT ?)"""
+_IDS = "SELECT substr(line, 26, 32), seq FROM pending WHERE worker = ?"
+_DISOWN = "UPDATE pending SET worker = '' WHERE worker = ?"
+_ADOPT = """UPDATE pending SET worker = ? WHERE seq IN
+    (SELECT seq FROM pending WHERE worker = '' LIMIT ?) RETURNING line, seq"""
 _FORGET_KEYS = "DELETE FROM keys WHERE at < ?"
-_TAKE_KEYS = "INSERT INTO keys SELECT value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)"
-_WHOSE_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value FROM json_each(?))"
-_PROBE = "UPDATE probe SET padding = randomblob(16384)"  # needs as much room as a request
+_KEEP_KEYS = "INSERT INTO keys SELECT value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)"
+_FIND_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value FROM json_each(?))"
+_PROBE = "PRAGMA user_version = 1"  # writes a page
 
 _DAY = 24 * 60 * 60.0  # seconds
-_NEVER = 1e300  # when what is set aside is due
-_BUSY_WAIT = 2.0  # seconds to wait for another worker's commit
-_LOCK_WAIT = 10.0  # seconds to wait for another worker's start, or its lines
-_ADOPTED_AT_ONCE = 5_000  # as others wait meanwhile
+_BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
 _MAX_WAL = 16 * 1024 * 1024  # bytes
-
-
-class _OutboxError(Exception):
-    """The outbox cannot be used: says which, why and what to do."""
-
-
-_FAILURES = (_OutboxError, sqlite3.Error, OSError)
 
 
 @dataclass(slots=True, eq=False)
@@ -499,310 +392,211 @@ class _Entry:
     """A notification on its way."""
 
     line: str
-    seq: int = 0  # in the outbox; 0: not yet
-    since: float | None = None  # when it failed first, on the monotonic clock
-    due: float | None = None  # when to try again; None: it is delivered
-    kept: float = 0.0  # when it was committed or claimed
-    id: str = ""
-    key: str | None = None
-    digest: str = ""
-    replayed: bool = False
+    seq: int = 0  # in the outbox; 0: it is not there
+    key: tuple[str, str] | None = None  # and the digest of what came with it
+    id: str = ""  # its own, or that of the one that came before with its key; "": it is not kept
     error: Exception | None = None
+    since: float | None = None  # when it failed first, on the monotonic clock
+    due: float = 0.0  # when it is the relay's to deliver; infinity: it is set aside
 
 
 class _Outbox:
-    """What is accepted and not yet delivered, and the thread that writes it down."""
+    """What is accepted and not yet delivered, in SQLite, and the thread that writes it down."""
 
-    def __init__(self, folder: _Path, max_pending: int, fsync: bool) -> None:
-        self.database = _Database(None if os.fspath(folder) == ":memory:" else Path(folder).absolute(), fsync)
-        self._max_pending = max_pending
-        self._writer: _Group[_Entry | tuple[Callable[[], Any], Future[Any]]] = _Group(self._write)
-        self._warn = _Warnings(1)
-        self._accepted: set[int] = set()  # by this process, and not delivered; the writer's own
-        self._settled: list[_Entry] = []  # what became of these is not in the database yet; the writer's own
-        self._offered: dict[int, _Entry] = {}  # kept, and in nobody's hands
-        self._counts = (0, 0)
-        weakref.finalize(self, self.database.close).atexit = False  # as something may be under way then
+    def __init__(self, folder: str | Path, max_pending: int, fsync: bool) -> None:
+        self._folder = None if str(folder) == ":memory:" else Path(folder).absolute()
+        self._path = self._folder / "outbox.db" if self._folder else Path(":memory:")
+        self._max_pending, self._fsync = max_pending, fsync
+        self._writer, self._warn = _Group(self._write), _Warnings(1)
+        self.pending: dict[int, _Entry] = {}  # what is ours
+        self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
+        self._adopted: set[int] = set()  # what of it is not counted against max_pending
+        self._delivered: list[int] = []  # and not deleted yet
+        self._db: sqlite3.Connection | None = None
+        self._opened, self._opening = ExitStack(), threading.Lock()
+        weakref.finalize(self, self._opened.close).atexit = False  # as something may be under way then
 
     async def accept(self, email: str, message: str, key: str | None) -> _Entry:
         """Keep a notification, or raise the HTTPException that says why not."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
-        identifier = secrets.token_hex(16)
-        entry = _Entry(_write_line(now, identifier, email, message), id=identifier, key=key)
+        entry = _Entry(_write_line(email, message))
         if key is not None:
-            entry.digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest()
+            entry.key = key, hashlib.sha256(f"{email}\n{message}".encode()).hexdigest()
         await self._writer.run(entry)
         if isinstance(entry.error, HTTPException):
             raise entry.error
-        if not entry.seq and not entry.replayed:
+        if not entry.id:
             raise HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         return entry
 
-    def take(self, entry: _Entry) -> bool:
-        """Whether the entry is the caller's to deliver, as it is for the first who asks."""
-        return self._offered.pop(entry.seq, None) is not None
-
-    def settle(self, entries: list[_Entry]) -> None:
-        """Write down what became of entries that were taken: they are delivered, or due again."""
-        self._writer.put(list(entries))
-
-    async def call(self, function: Callable[[], T]) -> T:
-        """What the function returns or raises on the writer's thread."""
-        future: Future[T] = Future()
-        await self._writer.run((function, future))
-        return future.result()
-
     async def health(self) -> tuple[int, int, Exception | None]:
-        """How many are pending and have failed, as last known, and why the outbox cannot be written, if so."""
-        try:
-            await self.call(self._look)
-        except Exception as exc:
-            return *self._counts, exc
-        return *self._counts, None
+        """How many are pending, of how many the last attempt failed, and why the outbox cannot be written, if so."""
+        nothing = _Entry("")
+        await self._writer.run(nothing)
+        entries = list(self.pending.values())
+        pending, failed = sum(e.due < math.inf for e in entries), sum(e.since is not None for e in entries)
+        return pending, failed, nothing.error
 
-    def _look(self) -> None:
-        pending, failed = self.database.count()
-        done = [entry for entry in self._settled if entry.due is None]  # but not deleted yet
-        self._counts = pending - len(done), failed - sum(entry.since is not None for entry in done)
-        self.database.probe()
-
-    def claim(self, limit: int) -> tuple[list[_Entry], float]:
-        """So many entries that are due, and those that no task came for, and when the next is due; for the writer."""
-        entries, due = self.database.claim(limit)
-        self._offer(entries)
-        # For these the request was cancelled, or the host's middleware raised.
-        left = [entry for entry in self._offered.copy().values() if entry.kept < time.monotonic() - _TICK]
-        return entries + left, due
-
-    def close(self) -> None:
-        """Let go of the outbox, unless something is under way, which ends with the process; for the writer."""
-        if not self._settled and self.database.is_quiet():
-            self.database.close()
-            self._accepted.clear()
-
-    def _offer(self, entries: list[_Entry]) -> None:
-        now = time.monotonic()
+    def delete(self, entries: list[_Entry]) -> None:
+        """Forget what was delivered."""
         for entry in entries:
-            entry.kept = now
-            self._offered[entry.seq] = entry
+            del self.pending[entry.seq]
+            self._adopted.discard(entry.seq)
+        self._writer.put(entries)
 
-    def _write(self, works: list[_Entry | tuple[Callable[[], Any], Future[Any]]]) -> None:
-        new = [work for work in works if isinstance(work, _Entry) and not work.seq]
-        self._settled += [work for work in works if isinstance(work, _Entry) and work.seq]
-        self._accepted.difference_update(entry.seq for entry in self._settled if entry.due is None)
+    def _write(self, entries: list[_Entry]) -> None:
+        new = [entry for entry in entries if not entry.seq]
+        self._delivered += [entry.seq for entry in entries if entry.seq]
         try:
-            self.database.write(new, self._settled, self._max_pending - len(self._accepted))
-            self._settled = []
-        except Exception as exc:  # whatever it is, there is no seq, and so no 202
+            self._commit(new)
+        except Exception as exc:  # whatever it is, there is no id, and so no 202
             for entry in new:
-                entry.replayed = False
+                entry.id, entry.error = "", exc
             self._warn("the outbox cannot be written, and answers are 503: %s", _reason(exc))
-        fresh = [entry for entry in new if entry.seq]
-        self._accepted.update(entry.seq for entry in fresh)
-        self._offer(fresh)
-        for work in works:
-            if not isinstance(work, _Entry):
-                function, future = work
-                try:
-                    future.set_result(function())
-                except Exception as exc:
-                    future.set_exception(exc)
 
-
-class _Database:
-    """The outbox on disk, or in memory."""
-
-    def __init__(self, folder: Path | None, fsync: bool) -> None:
-        self.folder = folder
-        self._path = folder / "outbox.db" if folder else Path(":memory:")
-        self._synchronous = "FULL" if fsync else "NORMAL"
-        self._db: sqlite3.Connection | None = None
-        self._inode = 0
-        self._worker = ""  # our name
-        self._log_lock: sqlite3.Connection | None = None
-        self._alive = ExitStack()  # holds the lock that says that we are
-
-    def open(self) -> sqlite3.Connection:
-        """The connection; or raise _OutboxError, and leave what cannot be used as it is."""
-        try:
-            if self._db is None:
-                self._db = self._open()
-            elif self.folder and (os.stat(self._path).st_ino != self._inode or not os.path.exists(f"{self._path}-wal")):
-                raise OSError("it was replaced while it was in use")
-        except (OSError, sqlite3.Error) as exc:
-            remedy = "mend it, move it away to start with an empty one, or name another (NOTIFY_OUTBOX, outbox=)"
-            if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                remedy = "another worker holds it for long: see whether one is stopped, and try again"
-            raise _OutboxError(f"the outbox {self.folder} cannot be used, {exc}: {remedy}") from exc
-        return self._db
-
-    def _open(self) -> sqlite3.Connection:
-        worker = secrets.token_hex(8)
-        with ExitStack() as opening:
-            if self.folder:
-                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                opening.enter_context(_locked(self.folder / "outbox.lock"))
-            new = self.folder is None or _is_new(self._path)
-            if self.folder:
-                _create(self._path)
-                self._inode = os.stat(self._path).st_ino
-            db = self._connect()
-            on_failure = opening.enter_context(ExitStack())
-            on_failure.callback(db.close)
-            if new:
-                db.executescript(f"BEGIN; {_SCHEMA} PRAGMA application_id = {_APPLICATION_ID}; COMMIT")
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # so that damage to the file shows
-            db.execute("PRAGMA busy_timeout = 0")  # see _transaction
-            if self.folder:
-                _sync(self.folder, self.folder.parent)
-                self._alive.enter_context(_locked(self.folder / f"{worker}.lock"))
-            on_failure.pop_all()
-        self._worker = worker
-        return db
-
-    def _connect(self) -> sqlite3.Connection:
-        db = _connect(self._path, _LOCK_WAIT)
-        db.execute("PRAGMA journal_mode = WAL")  # who reads does not wait for who writes
-        db.execute(f"PRAGMA synchronous = {self._synchronous}")  # FULL: a commit is on the disk
-        db.execute("PRAGMA wal_autocheckpoint = 0")  # as a commit would wait for it: see tend
-        return db
-
-    def write(self, new: list[_Entry], settled: list[_Entry], room: int) -> None:
-        """Commit what came in, as far as there is room, and what is done."""
-        if not new and not settled:
-            return
+    def _commit(self, new: list[_Entry]) -> None:
         with _transaction(self.open()) as db:
-            fresh = self._sort_out(db, new, room)
-            if keys := [(entry.key, entry.id, entry.digest) for entry in fresh if entry.key is not None]:
-                db.execute(_TAKE_KEYS, (time.time(), json.dumps(keys)))
-            if fresh:
-                last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
-            if delivered := [entry.seq for entry in settled if entry.due is None]:
-                db.execute(_DELETE, (self._worker, json.dumps(delivered)))
-            if postponed := [(entry.seq, entry.due, entry.since) for entry in settled if entry.due is not None]:
-                db.execute(_POSTPONE, (self._worker, json.dumps(postponed)))
-        for position, entry in enumerate(reversed(fresh)):
-            entry.seq = last - position
+            db.execute(_DELETE, (json.dumps(self._delivered),))
+            fresh = self._sort_out(db, [entry for entry in new if entry.line])
+            rows = self._worker, json.dumps([entry.line for entry in fresh])
+            last = db.execute(_INSERT, rows).lastrowid or 0
+            if not fresh and not self._delivered:
+                db.execute(_PROBE)
+        self._delivered = []
+        for seq, entry in enumerate(fresh, last - len(fresh) + 1):
+            entry.seq, entry.id, entry.due = seq, entry.line[_ID], time.monotonic() + _LOOK
+            self.pending[seq] = self.waiting[seq] = entry
 
-    def _sort_out(self, db: sqlite3.Connection, new: list[_Entry], room: int) -> list[_Entry]:
-        """Those to be kept; the others are replayed, or have an error."""
+    def _sort_out(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
+        """Those to be kept; the others have the id of an earlier one, or an error."""
+        room = self._max_pending - len(self.pending) + len(self._adopted)
         fresh: list[_Entry] = []
-        owners: dict[str | None, tuple[str, str]] = {}
-        if keys := [entry.key for entry in new if entry.key is not None]:
+        keys: dict[str | None, tuple[str, str]] = {}
+        if asked := [entry.key[0] for entry in new if entry.key]:
             db.execute(_FORGET_KEYS, (time.time() - _DAY,))
-            owners = {key: (name, digest) for key, name, digest in db.execute(_WHOSE_KEYS, (json.dumps(keys),))}
+            keys = {key: (id, digest) for key, id, digest in db.execute(_FIND_KEYS, (json.dumps(asked),))}
         for entry in new:
-            owner, digest = owners.get(entry.key, ("", ""))
-            if owner and digest != entry.digest:
+            key, digest = entry.key or (None, "")
+            if key in keys and keys[key][1] != digest:
                 entry.error = HTTPException(422, "Use another Idempotency-Key: this one came with other content.")
-            elif owner:
-                entry.replayed, entry.id = True, owner
+            elif key in keys:
+                entry.id = keys[key][0]
             elif len(fresh) >= room:
                 entry.error = HTTPException(503, "Too many notifications are pending: try again later.", _RETRY)
             else:
                 fresh.append(entry)
-                if entry.key is not None:
-                    owners[entry.key] = (entry.id, entry.digest)
+                if key is not None:
+                    keys[key] = entry.line[_ID], digest
+        if kept := [(entry.key[0], entry.line[_ID], entry.key[1]) for entry in fresh if entry.key]:
+            db.execute(_KEEP_KEYS, (time.time(), json.dumps(kept)))
         return fresh
 
-    def count(self) -> tuple[int, int]:
-        """How many entries are pending, and of how many the last attempt failed."""
-        pending, failed = self.open().execute(_COUNTS, (self._worker,)).fetchone()
-        return pending, failed
+    def open(self) -> sqlite3.Connection:
+        """The connection; or raise OSError, and leave what cannot be used as it is."""
+        try:
+            with self._opening:
+                if self._db is None:
+                    self._db = self._start()
+                elif self._folder and not (_inode(self._path) == self._inode and _inode(f"{self._path}-wal")):
+                    raise OSError("it was replaced while it was in use")
+        except (OSError, sqlite3.Error) as exc:
+            remedy = "mend it, or move it away while no worker runs, or name another (NOTIFY_OUTBOX, outbox=)"
+            raise OSError(f"the outbox {self._folder} cannot be used, {exc}: {remedy}") from exc
+        return self._db
 
-    def is_quiet(self) -> bool:
-        """Whether nothing is in anybody's hands; the memory's never is, as it would be lost."""
-        return self.folder is not None and not self.open().execute(_IN_HAND, (self._worker,)).fetchone()
+    def _start(self) -> sqlite3.Connection:
+        with ExitStack() as starting, ExitStack() as opened:
+            if self._folder:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _sync(self._folder.parent)
+            starting.enter_context(_locked(self._file("outbox.lock")))
+            is_new = not self._folder or _is_new(self._path)
+            db = opened.enter_context(closing(self._connect()))
+            if is_new:
+                db.executescript(_SCHEMA)
+            self._inode = _inode(self._path) if self._folder else 0
+            self._worker = secrets.token_hex(8)
+            self._log_lock = opened.enter_context(closing(_open_lock(self._file("log.lock"), _LOCK_WAIT)))
+            opened.enter_context(_locked(self._file(f"{self._worker}.lock")))
+            self._opened.push(opened.pop_all())
+            return db
 
-    def probe(self) -> None:
-        """Write something."""
-        with _transaction(self.open()) as db:
-            db.execute(_PROBE)
+    def _file(self, name: str) -> Path:
+        return self._folder / name if self._folder else self._path
 
-    def claim(self, limit: int) -> tuple[list[_Entry], float]:
-        """Up to so many entries that are due, and when the next one is."""
-        db, now = self.open(), time.monotonic()
-        [due] = db.execute(_NEXT_DUE, (self._worker,)).fetchone()
-        if due is None or due > now or limit <= 0:
-            return [], _NEVER if due is None else due
-        with _transaction(db):
-            rows = db.execute(_CLAIM, (self._worker, now, limit)).fetchall()
-            [due] = db.execute(_NEXT_DUE, (self._worker,)).fetchone()
-        return [_Entry(*row) for row in rows], _NEVER if due is None else due
+    def _connect(self) -> sqlite3.Connection:
+        db = _connect(self._path)
+        db.execute("PRAGMA journal_mode = WAL")  # who reads does not wait for who writes
+        db.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'NORMAL'}")  # FULL: a commit is on the disk
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # as a commit would wait for it: see adopt
+        return db
 
-    def tend(self) -> set[str]:
-        """Do now and then what no request shall wait for; the other workers, which may be dead."""
-        db = self.open()
-        with _transaction(db):
-            db.execute(_FORGET_KEYS, (time.time() - _DAY,))
-        if self.folder and os.stat(f"{self._path}-wal").st_size > _MAX_WAL:
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        owners = {worker for (worker,) in db.execute(_OWNERS)}
-        locks = {path.stem for path in self.folder.glob("*.lock")} if self.folder else set()
-        return (owners | locks) - {self._worker, "outbox", "log"}
+    def close(self) -> None:
+        """Let go of the outbox, unless something is under way, which ends with the process."""
+        with self._opening:
+            if self._folder and not self._delivered and len(self.pending) == len(self.waiting):
+                self._db = None
+                self._opened.close()
+                self.pending.clear()
+                self.waiting.clear()
 
-    def adopt(self, worker: str, find_delivered: Callable[[set[str]], set[str]]) -> int:
-        """Make ours what a worker left, if it is dead, less what it had delivered; on a thread of its own."""
-        folder = self.folder or Path()
+    def adopt(self, limit: int, find_delivered: Callable[[set[str]], set[str]]) -> bool:
+        """Take over what the dead left, up to a limit; whether there was any. On a thread of its own."""
+        self.open()
+        if self._delivered:
+            self._writer.put([_Entry("")])  # so that it tries again
+        if not self._folder:
+            return False
+        with closing(self._connect()) as db:
+            if os.path.getsize(f"{self._path}-wal") > _MAX_WAL:
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            owners = {worker for (worker,) in db.execute(_OWNERS)} | {path.stem for path in self._folder.glob("*.lock")}
+            for worker in owners - {self._worker, "", "outbox", "log"}:
+                self._disown(db, worker, find_delivered)
+            with _transaction(db):
+                rows = db.execute(_ADOPT, (self._worker, limit)).fetchall()
+        for line, seq in rows:
+            self._adopted.add(seq)
+            self.pending[seq] = self.waiting[seq] = _Entry(line, seq)
+        return bool(rows)
+
+    def _disown(self, db: sqlite3.Connection, worker: str, find_delivered: Callable[[set[str]], set[str]]) -> None:
+        lock = self._file(f"{worker}.lock")
         with ExitStack() as dead:
             try:
-                with _locked(folder / "outbox.lock"):  # two that try one lock at the same moment can both fail
-                    dead.enter_context(_locked(folder / f"{worker}.lock", wait=0))
+                with _locked(self._file("outbox.lock")):  # two that try one lock at once can both fail
+                    dead.enter_context(_locked(lock, wait=0))
             except sqlite3.OperationalError:
-                return 0  # it lives
-            db = dead.enter_context(closing(self._connect()))
-            rows = db.execute(_IDS, (worker,)).fetchall()
-            delivered = find_delivered({identifier for _, identifier in rows}) if rows else set()
+                return  # it lives
+            rows = dict(db.execute(_IDS, (worker,)))
+            delivered = [rows[id] for id in find_delivered(set(rows))] if rows else []
             with _transaction(db):
-                db.execute(_DELETE, (worker, json.dumps([seq for seq, identifier in rows if identifier in delivered])))
-            for _ in range(0, len(rows), _ADOPTED_AT_ONCE):
-                with _transaction(db):
-                    db.execute(_ADOPT, (self._worker, worker, _ADOPTED_AT_ONCE))
-        _remove(folder / f"{worker}.lock")
-        return len(rows) - len(delivered)
+                db.execute(_DELETE, (json.dumps(delivered),))
+                db.execute(_DISOWN, (worker,))
+        with suppress(OSError):
+            lock.unlink()
 
     @contextmanager
     def log_locked(self) -> Iterator[None]:
-        """Hold the lock that keeps the lines of this outbox's workers apart; for the log's thread."""
-        if self._log_lock is None:
-            self._log_lock = _open_lock(self.folder / "log.lock" if self.folder else Path(":memory:"), _LOCK_WAIT)
+        """Hold the lock that keeps the lines of this outbox's workers apart."""
         self._log_lock.execute("BEGIN EXCLUSIVE")
         try:
             yield
         finally:
             self._log_lock.execute("ROLLBACK")
 
-    def close(self) -> None:
-        """Close the database, and let go of the lock that says that we live."""
-        if self._log_lock is not None:
-            self._log_lock.close()
-            self._log_lock = None
-        if self._db is not None:
-            self._db.close()
-            self._db = None
-            self._alive.close()
-            if self.folder:
-                _remove(self.folder / f"{self._worker}.lock")
-
 
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     deadline = time.monotonic() + _BUSY_WAIT
-    while True:
+    while not db.in_transaction:
         try:
             db.execute("BEGIN IMMEDIATE")
-            break
         except sqlite3.OperationalError as exc:
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
-        time.sleep(0.0005)  # SQLite's own pauses grow, so that who has waited longest would starve
-    try:
+            time.sleep(0.0005)  # SQLite's own pauses grow, so that who has waited longest would starve
+    with db:
         yield db
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:  # a full disk has rolled it back already
-            db.execute("ROLLBACK")
-        raise
 
 
 @contextmanager
@@ -814,251 +608,184 @@ def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[None]:
 
 
 def _open_lock(path: Path, wait: float) -> sqlite3.Connection:
-    _create(path)
     db = _connect(path, wait)
     db.execute("PRAGMA journal_mode = OFF")  # there is nothing to roll back
     return db
 
 
-def _connect(path: Path, wait: float) -> sqlite3.Connection:
+def _connect(path: Path, wait: float = 0.0) -> sqlite3.Connection:
+    if path != Path(":memory:") and not path.exists():
+        path.touch(0o600)  # only if it is not there: to close it would drop this process's locks on it
     return sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
 
 
-def _create(path: Path) -> None:
-    if path == Path(":memory:"):
-        return
-    # With O_EXCL: to open and close a file that SQLite has open in this process would drop its locks.
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
-
-
 def _is_new(path: Path) -> bool:
-    """Whether there is no database yet; raises if there is, but damaged or another program's. Changes nothing."""
+    """Whether there is no database yet; raises if there is one, but damaged or another program's. Changes nothing."""
     wal = Path(f"{path}-wal")
-    size = path.stat().st_size if path.exists() else 0
-    magic = b""
-    if wal.exists():
-        with wal.open("rb") as file:
-            magic = file.read(4)
-    if magic.strip(b"\0") and magic not in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
-        raise OSError(f"{wal.name} is damaged")
-    if size < 512:  # what SQLite takes for a new database, and removes the log of
-        if size or magic:
-            raise OSError(f"{path.name} is no database")
+    size, magic = path.stat().st_size if path.exists() else 0, wal.read_bytes()[:4] if wal.exists() else b""
+    if magic.strip(b"\0") not in (b"", b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83") or (size < 512 and (size or magic)):
+        raise OSError(f"{path.name} is damaged")  # and SQLite would take it for new, or remove its log
+    if not size:
         return True
-    immutable = "" if wal.exists() else "&immutable=1"
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{immutable}", timeout=_LOCK_WAIT, uri=True)) as db:
-        [verdict] = db.execute("PRAGMA quick_check(1)").fetchone()
-        [application_id] = db.execute("PRAGMA application_id").fetchone()
-        [tables] = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if verdict != "ok":
-        raise OSError(verdict)
-    if tables and application_id != _APPLICATION_ID:
-        raise OSError("it is the database of another program")
+    mode = "mode=ro" if wal.exists() else "mode=ro&immutable=1"
+    with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", timeout=_LOCK_WAIT, uri=True)) as db:
+        questions = "PRAGMA quick_check(1)", "PRAGMA application_id", "SELECT count(*) FROM sqlite_schema"
+        [verdict], [application], [tables] = (db.execute(question).fetchone() for question in questions)
+    if verdict != "ok" or (tables and application != 0x6E6F7466):
+        raise OSError("it is another program's" if verdict == "ok" else verdict)
     return not tables  # as when the disk was full, or the process killed, while it was made
 
 
-def _sync(*folders: Path) -> None:
+def _inode(path: str | Path) -> int:
+    return os.stat(path).st_ino
+
+
+def _sync(folder: Path) -> None:
     """Have the names of new files on the disk, where a folder can be opened."""
-    for folder in folders:
-        with suppress(OSError):
-            file = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+    with suppress(OSError):
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 # ------------------------------------------------------------------------------------------------------- relay
 
-_TICK = 2.0  # seconds between two looks for what was left
-_WINDOW = 500  # how many the relay has in hand at once
+_LOOK = 2.0  # seconds between two looks for what the dead left, and until a task is taken for lost
+_POLL = 0.05  # seconds between two looks for what is due
+_IN_HAND = 500  # at once; the others wait, and their requests' tasks take no memory
 
 
 class _Relay:
     """Delivers: at once as a request's background task, and later what had no task, failed or was left."""
 
     def __init__(
-        self,
-        outbox: _Outbox,
-        notify: Callable[[Notification], Any] | None,
-        log_file: _LogFile,
-        delay: float,
-        threads: int,
+        self, outbox: _Outbox, notify: Callable[..., Any] | None, file: _LogFile, delay: float, threads: int
     ) -> None:
-        self._outbox = outbox
-        self._notify = notify
-        self._log_file = log_file
-        own, function = notify is not None, notify
-        while isinstance(function, partial):
-            function = function.func
+        self._outbox, self._notify, self._file = outbox, notify, file
+        own = notify is not None
+        self._is_async = notify is not None and BackgroundTask(notify).is_async
+        self._group = _Group(self._deliver_all, threads if own else None)
         self._delay = 0.0 if own else delay
-        self._is_async = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", 0))))  # noqa: B004
-        self._group: _Group[_Entry] = _Group(self._deliver_all, threads if own else None)
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
-        self._warn = _Warnings(50 if own else 1)
+        self._most, self._warn = max(_IN_HAND, threads), _Warnings(50 if own else 1)
         self._lifespans = 0
-        self._stepping = threading.Lock()
-        self._next = self._next_tick = 0.0  # when there is something to do, on the monotonic clock
-        self._in_hand: set[_Entry] = set()
-        self._more = False
-        self._nap: tuple[Any, anyio.Event] | None = None
+        self._next = self._next_look = 0.0  # when there is something to do, on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; does not raise."""
-        if self._outbox.take(entry):
-            await self._attempt(entry)
+        if self._room() <= 0:
+            entry.due = time.monotonic() + self._delay
+        elif self._outbox.waiting.pop(entry.seq, None):
+            await self._attempt(entry, self._delay)
         await self.catch_up()
 
     async def catch_up(self) -> None:
         """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
-        while not self._lifespans and time.monotonic() >= self._next:
+        while not self._lifespans and time.monotonic() >= self._next and self._room() >= self._most // 2:
             async with anyio.create_task_group() as tasks:
-                if not await self._step(tasks):
-                    break
+                await self._step(tasks)
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
-        await self._outbox.call(self._outbox.database.open)
-        try:
-            async with anyio.create_task_group() as tasks:
-                self._lifespans += 1
-                tasks.start_soon(self._run, tasks)
-                try:
-                    yield
-                finally:
-                    self._lifespans -= 1
-                    tasks.cancel_scope.cancel()
-        except BaseExceptionGroup as group:  # the host's own error shall reach it as it was
-            if len(group.exceptions) > 1:
-                raise
-            raise group.exceptions[0] from None
-        with suppress(*_FAILURES):
-            await self._outbox.call(self._outbox.close)
+        await _in_thread(self._outbox.open)
+        error = None
+        self._lifespans += 1
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._run, tasks)
+            try:
+                yield
+            except Exception as exc:  # the host's own, which a task group would wrap
+                error = exc
+            finally:
+                self._lifespans -= 1
+                tasks.cancel_scope.cancel()
+        await _in_thread(self._outbox.close)
+        if error:
+            raise error
 
     async def _run(self, tasks: TaskGroup) -> None:
         while True:
-            self._nap = nap = _current_loop(), anyio.Event()
-            pause = self._next - time.monotonic() if await self._step(tasks) else _TICK
-            with anyio.move_on_after(pause):
-                await nap[1].wait()
+            if self._room() >= self._most // 2:
+                await self._step(tasks)
+            await anyio.sleep(_POLL if self._outbox.pending else 10 * _POLL)
 
-    async def _step(self, tasks: TaskGroup) -> bool:
-        """Adopt what is left, and start to deliver what is due; False if this is being done elsewhere."""
+    async def _step(self, tasks: TaskGroup) -> None:
+        """Adopt what the dead left, and start to deliver what is due."""
         now = time.monotonic()
-        if not self._stepping.acquire(blocking=False):
-            return False
-        try:
-            self._next = now + _TICK
-            entries, due = await self._outbox.call(partial(self._outbox.claim, _WINDOW - len(self._in_hand)))
-            for entry in filter(self._outbox.take, entries):
-                self._in_hand.add(entry)
-                tasks.start_soon(self._deliver_again, entry)
-            self._more = due <= now  # and no room in the window
-            if not self._more:
-                self._next = min(self._next, due)
-            if now >= self._next_tick:
-                self._next_tick = now + _TICK
-                for worker in await self._outbox.call(self._outbox.database.tend):
-                    adopt = partial(self._outbox.database.adopt, worker, self._find_delivered)
-                    limiter = anyio.CapacityLimiter(1)  # the host's threads stay the host's
-                    if await anyio.to_thread.run_sync(adopt, limiter=limiter):
-                        self._next = 0.0
-        except Exception as exc:
-            self._warn("what is left in the outbox has to wait: %s", _reason(exc))
-        finally:
-            self._stepping.release()
-        return True
+        self._next = now + _POLL
+        if now >= self._next_look:
+            self._next_look = now + _LOOK
+            try:
+                if await _in_thread(partial(self._outbox.adopt, self._most, self._find_delivered)):
+                    self._next_look = 0.0
+            except Exception as exc:
+                self._warn("what is left in the outbox has to wait: %s", _reason(exc))
+        due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
+        for entry in due[: self._room()]:
+            if self._outbox.waiting.pop(entry.seq, None):
+                tasks.start_soon(self._attempt, entry)
+        if len(due) > self._room() or not self._next_look:
+            self._next = 0.0
+
+    def _room(self) -> int:
+        return self._most - len(self._outbox.pending) + len(self._outbox.waiting)
 
     def _find_delivered(self, ids: set[str]) -> set[str]:
-        return self._log_file.find(ids) if self._notify is None else set()  # others can tell by the id
+        return self._file.find(ids) if self._notify is None else set()  # others can tell by the id
 
-    async def _deliver_again(self, entry: _Entry) -> None:
+    async def _attempt(self, entry: _Entry, delay: float = 0.0) -> None:
         try:
-            await self._attempt(entry)
-        finally:
-            self._in_hand.discard(entry)
-            if self._more and len(self._in_hand) <= _WINDOW // 2:
-                self._ring(0)
-
-    def _ring(self, due: float) -> None:
-        if due < self._next:
-            self._next = due
-            if self._nap is not None:
-                with suppress(RuntimeError):
-                    _call_soon(self._nap[0], self._nap[1].set)
-
-    async def _attempt(self, entry: _Entry) -> None:
-        try:
-            if self._delay:
-                await anyio.sleep(self._delay)
+            if delay:
+                await anyio.sleep(delay)
             if self._is_async and self._notify is not None:
                 await self._notify(_read_line(entry.line))
         except BaseException as exc:
-            self._settle([entry], exc)
+            self._fail([entry], exc)
             if _ends_task(exc):
                 raise
         else:
             if self._is_async:
-                self._settle([entry])
+                self._outbox.delete([entry])
             else:
                 await self._group.run(entry)
-        if entry.due is not None:
-            self._ring(entry.due)
 
     def _deliver_all(self, entries: list[_Entry]) -> None:
         try:
             if self._notify is None:
-                self._log_file.append([entry.line for entry in entries])
+                self._file.append([entry.line for entry in entries])
             else:
                 result = self._notify(_read_line(entries[0].line))
                 if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
                     raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
         except BaseException as exc:
-            self._settle(entries, exc)
+            self._fail(entries, exc)
         else:
-            self._settle(entries)
+            self._outbox.delete(entries)
 
-    def _settle(self, entries: list[_Entry], error: BaseException | None = None) -> None:
-        if error is not None:
-            reason, now = _reason(error), time.monotonic()
-            first = [entry.line[_ID] for entry in entries if entry.since is None]
-            for entry in entries:
-                entry.since = now if entry.since is None else entry.since
-                entry.due = self._when_again(now, entry.since)
-                if entry.due == _NEVER:
-                    log.error(
-                        "notification %s failed for a day, and waits for the next start: %s", entry.line[_ID], reason
-                    )
-            if first:
-                self._warn(
-                    "notification %s and %d more failed, and are tried again: %s", first[0], len(first) - 1, reason
-                )
-        self._outbox.settle(entries)
-
-    def _when_again(self, now: float, since: float) -> float:
-        """After a pause as long as it has failed so far, so that pauses double."""
-        failing = now - since
-        pause = min(self._wait_max, self._wait_initial + failing) * random.uniform(0.75, 1)
-        return now + pause if failing < self._give_up else _NEVER
+    def _fail(self, entries: list[_Entry], error: BaseException) -> None:
+        """Have the entries wait as long as they have failed so far, so that pauses double."""
+        now, told = time.monotonic(), [entry.line[_ID] for entry in entries if entry.since is None]
+        for entry in entries:
+            entry.since = now if entry.since is None else entry.since
+            failing = now - entry.since
+            pause = min(self._wait_max, self._wait_initial + failing) * random.uniform(0.75, 1)
+            entry.due = now + pause if failing < self._give_up else math.inf
+            if entry.due == math.inf:
+                told.append(f"{entry.line[_ID]}, failing for a day, is set aside until the next start, ")
+            self._outbox.waiting[entry.seq] = entry
+        if told:
+            self._warn("notification %s and %d more failed: %s", told[0], len(told) - 1, _reason(error))
 
 
 def _ends_task(error: BaseException) -> bool:
     """Whether it is this task that ends, and not only something that the notifier did or waited for."""
-    if isinstance(error, GeneratorExit):
-        return True
-    if not isinstance(error, anyio.get_cancelled_exc_class()):
-        return False
-    with suppress(RuntimeError):  # on trio nobody else can raise it
-        task = current_task()
-        return task is None or task.cancelling() > 0
-    return True
+    if isinstance(error, GeneratorExit) or not isinstance(error, anyio.get_cancelled_exc_class()):
+        return isinstance(error, GeneratorExit)
+    task = asyncio.current_task() if isinstance(error, asyncio.CancelledError) else None
+    return task is None or task.cancelling() > 0
 
 
 def _reason(error: BaseException) -> str:
@@ -1078,87 +805,70 @@ class _Warnings:
             log.warning(message, *args)
 
 
+async def _in_thread(function: Callable[[], Any]) -> Any:
+    return await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))  # the host's stay the host's
+
+
 # ---------------------------------------------------------------------------------------------------- log file
 
 
 class _LogFile:
     """The file that the default notifier appends to."""
 
-    def __init__(self, path: _Path, fsync: bool, locked: Callable[[], AbstractContextManager[None]]) -> None:
-        self._path = Path(path).absolute()
-        self._fsync = fsync
-        self._locked = locked
+    def __init__(self, path: str | Path, fsync: bool, locked: Callable[[], AbstractContextManager[None]]) -> None:
+        self._path, self._fsync, self._locked = Path(path).absolute(), fsync, locked
+        self._known = 0, 0  # the inode and the size that we left
 
     def append(self, lines: list[str]) -> None:
-        """Append the lines, all or none; raises OSError."""
-        # Opened by its name each time, so that it can be renamed. A FIFO shall not be its own reader, nor wait for one.
-        special = self._is_special()
-        mode = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) if special else os.O_RDWR
+        """Append the lines, all or none; raises OSError. Opens it by its name each time, so that it can be renamed."""
+        data = "".join(f"{line}\n" for line in lines).encode()
+        size = len(data)
         with ExitStack() as stack:
-            file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+            file = self._open()
             stack.callback(os.close, file)
-            if special:
-                os.set_blocking(file, True)
             stack.enter_context(self._locked())
-            self._append(file, "".join(f"{line}\n" for line in lines).encode())
-
-    def _is_special(self) -> bool:
-        with suppress(FileNotFoundError):
-            return not stat.S_ISREG(os.stat(self._path).st_mode)
-        return False
-
-    def _append(self, file: int, data: bytes) -> None:
-        end = _cut_torn_line(file) if stat.S_ISREG(os.fstat(file).st_mode) else None
-        try:
-            while data:
-                data = data[os.write(file, data) :]
-            if self._fsync and end is not None:
-                os.fsync(file)
-                if not end:
-                    _sync(self._path.parent)
-        except OSError as exc:
-            exc.filename = os.fspath(self._path)
-            if end is not None:
+            state = os.fstat(file)
+            is_regular, end = stat.S_ISREG(state.st_mode), state.st_size
+            if is_regular and end and (state.st_ino, end) != self._known:
+                with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
+                    end = content.rfind(b"\n") + 1  # after the last whole line, as a crash may have torn one
                 os.ftruncate(file, end)
-            raise
+            try:
+                while data:
+                    data = data[os.write(file, data) :]
+                if self._fsync and is_regular:
+                    os.fsync(file)
+                    if not end:
+                        _sync(self._path.parent)
+            except OSError as exc:
+                exc.filename = os.fspath(self._path)
+                if is_regular:
+                    os.ftruncate(file, end)
+                raise
+            self._known = state.st_ino, end + size
+
+    def _open(self) -> int:
+        flags = os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = os.open(self._path, flags | os.O_RDWR, 0o600)
+        if not stat.S_ISREG(os.fstat(file).st_mode):  # a FIFO shall not be its own reader, nor wait for one
+            os.close(file)
+            file = os.open(self._path, flags | os.O_WRONLY)
+            os.set_blocking(file, True)
+        return file
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
-        wanted, found = {identifier.encode() for identifier in ids}, set()
-        seen: set[int] = set()
-        while files := [path for path in self._path.parent.iterdir() if self._is_ours(path, seen)]:
-            for path in files:  # and look again, as it may be renamed meanwhile
-                with suppress(FileNotFoundError), path.open("rb") as file:
-                    seen.add(os.fstat(file.fileno()).st_ino)
-                    for line in iter(partial(file.readline, _MAX_LINE), b""):
-                        if line[_ID] in wanted and line.endswith(b"\n"):
-                            found.add(line[_ID])
-        return {identifier.decode() for identifier in found}
-
-    def _is_ours(self, path: Path, seen: set[int]) -> bool:
+        wanted, found, seen = {id.encode() for id in ids}, set[bytes](), set[int]()
         # Never a file of the outbox's: to close it would drop this process's locks on it.
-        if path.suffix == ".lock" or path.name.startswith("outbox.db"):
-            return False
-        with suppress(FileNotFoundError):
-            state = path.stat()
-            name = re.match(re.escape(self._path.stem) + "(?![a-zA-Z])", path.name)
-            return name is not None and stat.S_ISREG(state.st_mode) and state.st_ino not in seen
-        return False
-
-
-def _cut_torn_line(file: int) -> int:
-    """Where to append: after the last whole line, as a crash may have torn one."""
-    size = end = os.lseek(file, 0, os.SEEK_END)
-    while end:
-        start = max(0, end - (1 if end == size else _MAX_LINE))
-        os.lseek(file, start, os.SEEK_SET)
-        newline = os.read(file, end - start).rfind(b"\n")
-        end = start + newline + 1 if newline >= 0 else start
-        if newline >= 0:
-            break
-    if end != size:
-        os.ftruncate(file, end)
-    return end
+        is_ours = re.compile(rf"(?!outbox\.db|.*\.lock$){re.escape(self._path.stem)}(?![a-zA-Z])").match
+        while files := [
+            f for f in os.scandir(self._path.parent) if is_ours(f.name) and f.is_file() and f.stat().st_ino not in seen
+        ]:
+            for file in files:  # and look again, as one may be renamed meanwhile
+                with suppress(FileNotFoundError), open(file, "rb") as lines:
+                    seen.add(os.fstat(lines.fileno()).st_ino)
+                    found.update(line[_ID] for line in lines if line[_ID] in wanted and line.endswith(b"\n"))
+        return {id.decode() for id in found}
 
 
 # ----------------------------------------------------------------------------------------------------- the app
@@ -1167,8 +877,8 @@ def _cut_torn_line(file: int) -> int:
 def create_app(
     notify: Callable[[Notification], Any] | None = None,
     *,
-    log: _Path = "log.txt",
-    outbox: _Path = "outbox",
+    log: str | Path = "log.txt",
+    outbox: str | Path = "outbox",
     delay: float = 0.0,
     concurrency: int = 40,
     max_pending: int = 10_000,
@@ -1192,23 +902,23 @@ def create_app(
         TypeError: ``notify`` cannot be called.
         ValueError: Another setting makes no sense; names it, its value and the rule.
     """
+    given = {"log": log, "outbox": outbox, "delay": delay, "concurrency": concurrency, "max_pending": max_pending}
+    for name, value in (given | {"token": token, "fsync": fsync}).items():
+        _check(name, value, name)
     if notify is not None and not callable(notify):
         raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
-    settings = {"log": log, "outbox": outbox, "delay": delay, "concurrency": concurrency}
-    for name, value in (settings | {"max_pending": max_pending, "token": token, "fsync": fsync}).items():
-        _check(name, name, value)
     box = _Outbox(outbox, max_pending, fsync)
-    relay = _Relay(box, notify, _LogFile(log, fsync, box.database.log_locked), delay, concurrency)
+    relay = _Relay(box, notify, _LogFile(log, fsync, box.log_locked), delay, concurrency)
     api = _Api(box, relay, token)
-    service = Starlette(
-        routes=[
-            _Route("/send-notification/{email:path}", api.send_notification, "POST"),
-            _Route("/health", api.health, "GET"),
-            _Route("/openapi.json", api.openapi, "GET"),
-        ],
-        exception_handlers={HTTPException: api.refuse, ClientDisconnect: _ignore, Exception: api.refuse},
-        lifespan=relay.lifespan,
-    )
+    routes = [
+        Route("/send-notification/{email:path}", api.send_notification, methods=["POST"]),
+        Route("/health", api.health),
+        Route("/openapi.json", api.openapi),
+    ]
+    for route in routes:  # the whole path, but for one slash at its end: Starlette's lets a last newline fall off
+        route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
+    handlers = {HTTPException: api.refuse, ClientDisconnect: api.refuse, Exception: api.refuse}
+    service = Starlette(routes=routes, exception_handlers=handlers, lifespan=relay.lifespan)
     service.router.redirect_slashes = False
     return service
 
