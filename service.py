@@ -12,8 +12,8 @@ Promised: the answer never waits for the notifier. After a 202 the default notif
 a ``notify`` of one's own is called at least once, always with the same id, whatever is killed, full or broken in
 between. No other answer leaves a notification behind.
 
-Run it with ``uvicorn service:app``, or embed ``create_app()``, which lists the settings. Each has an environment
-variable too: ``NOTIFY_`` and its name in capitals.
+Run it with ``uvicorn service:app``, or embed ``create_app()``, which lists the settings; each has an environment
+variable too, ``NOTIFY_`` and its name in capitals.
 """
 
 from __future__ import annotations
@@ -36,15 +36,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    aclosing,
-    asynccontextmanager,
-    closing,
-    contextmanager,
-    suppress,
-)
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -62,6 +54,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("notify")
 
@@ -165,11 +158,9 @@ class _Api:
         self._outbox, self._relay, self._token = outbox, relay, token
 
     async def send_notification(self, request: Request) -> Response:
-        if self._token is not None and not self._is_authorized(request):
-            raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
+        if self._token is not None:
+            _authorize(request.headers.get("authorization", ""), self._token)
         email = request.path_params["email"].removesuffix("/")
-        if not email:
-            raise HTTPException(404)
         if len(email) > 254 or not _is_email(email):
             raise HTTPException(422, "Name one whole e-mail address in the path, such as user@example.com.")
         key = request.headers.get("idempotency-key")
@@ -178,22 +169,17 @@ class _Api:
         entry = await self._outbox.accept(email, await _read_message(request), key)
         content = {"id": entry.id, "message": "Notification sent in the background"}
         headers = None if entry.seq else {"Idempotent-Replayed": "true"}
-        return JSONResponse(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
-
-    def _is_authorized(self, request: Request) -> bool:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        same = secrets.compare_digest(given.strip().encode("latin-1"), str(self._token).encode())
-        return same and scheme.lower() == "bearer"
+        return _Answer(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
 
     async def health(self, request: Request) -> Response:
         pending, failed, error = await self._outbox.health()
         status = f"the outbox cannot be written: {error}" if error else "ok"
         content = {"status": status, "pending": pending, "failed": failed}
-        headers = _RETRY if error else None
-        return JSONResponse(content, 503 if error else 200, headers, background=BackgroundTask(self._relay.catch_up))
+        code, headers = (503, _RETRY) if error else (200, None)
+        return _Answer(content, code, headers, background=BackgroundTask(self._relay.catch_up))
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
+        return _Answer({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
 
     async def refuse(self, request: Request, exc: Exception) -> Response:
         """The answer to what cannot be kept; the framework logs what is no HTTPException."""
@@ -201,16 +187,45 @@ class _Api:
             return Response(status_code=400)  # nobody is there to read it
         status, headers = (exc.status_code, exc.headers) if isinstance(exc, HTTPException) else (500, None)
         detail = _DETAILS.get(status) or getattr(exc, "detail", "")
-        return JSONResponse({"detail": detail}, status, headers, background=BackgroundTask(self._relay.catch_up))
+        return _Answer({"detail": detail}, status, headers, background=BackgroundTask(self._relay.catch_up))
+
+
+class _Answer(JSONResponse):
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # Starlette's makes one for each
+
+    def render(self, content: Any) -> bytes:
+        return self.encode(content).encode()
+
+
+class _Route(Route):
+    """Matches the whole path, but for one slash at its end: Starlette's own lets a last newline fall off."""
+
+    def __init__(self, path: str, endpoint: Callable[[Request], Any], method: str) -> None:
+        super().__init__(path, endpoint, methods=[method])
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await endpoint(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        self.app = app  # Starlette's own looks for exception handlers, as the app does already
+
+
+def _authorize(authorization: str, token: str) -> None:
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode("latin-1"), token.encode()):
+        raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
 
 
 async def _read_message(request: Request) -> str:
-    body = bytearray()
-    async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > _MAX_BODY:
-                raise HTTPException(413)
+    body, more = b"", True
+    while more:
+        event = await request.receive()
+        if event["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body, more = body + event.get("body", b""), event.get("more_body", False)
+        if len(body) > _MAX_BODY:
+            raise HTTPException(413)
     if not body:
         return _MESSAGE
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -231,46 +246,47 @@ def _object(**properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
-def _answer(description: str, schema: dict[str, Any] | None = None, *headers: str) -> dict[str, Any]:
-    content = {"content": {"application/json": {"schema": schema}}} if schema else {}
-    return {"description": description, "headers": {name: {"schema": _STRING} for name in headers}, **content}
+def _answer(description: str, schema: dict[str, Any], *headers: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": schema}}
+    return {"description": description, "content": content, "headers": {name: {"schema": _STRING} for name in headers}}
 
 
-def _operation(name: str, answers: dict[str, Any], *refused: int, **more: Any) -> dict[str, Any]:
+def _operation(summary: str, answers: dict[str, Any], *refused: int, **more: Any) -> dict[str, Any]:
+    headers = {401: ["WWW-Authenticate"], 405: ["Allow"], 503: ["Retry-After"]}
     for code in refused:
-        headers = {401: ["WWW-Authenticate"], 405: ["Allow"], 503: ["Retry-After"]}.get(code, [])
-        answers[str(code)] = _answer(_DETAILS.get(code) or HTTPStatus(code).phrase, _object(detail=_STRING), *headers)
-    return {"operationId": name, "responses": answers, **more}
+        sentence = _DETAILS.get(code) or HTTPStatus(code).phrase
+        answers[str(code)] = _answer(sentence, _object(detail=_STRING), *headers.get(code, []))
+    return {"summary": summary, "responses": answers, **more}
 
 
 _STRING = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
-_HEALTH = _object(status=_STRING, pending=_COUNT, failed=_COUNT)
 _BODY = _object(message=_STRING | {"maxLength": 10_000, "default": _MESSAGE}) | {"required": []}
-_ADDRESS = {"schema": _STRING | {"pattern": f"^{_EMAIL}$", "maxLength": 254}}
-_KEY = {"schema": _STRING | {"pattern": "^[ -~]+$", "minLength": 1, "maxLength": 255}}
+_ADDRESS = _STRING | {"pattern": f"^{_EMAIL}$", "maxLength": 254}
+_KEY = _STRING | {"pattern": "^[ -~]+$", "minLength": 1, "maxLength": 255}
+_KEPT = _answer("It is kept.", _object(id=_STRING, message=_STRING), "Idempotent-Replayed")
+_STATE = _object(status=_STRING, pending=_COUNT, failed=_COUNT)
+_HEALTH = {"200": _answer("They can.", _STATE), "503": _answer("They cannot.", _STATE, "Retry-After")}
+_DOCUMENT = {"200": _answer("OpenAPI 3.1.", {"type": "object"})}
 _SEND_NOTIFICATION = _operation(
-    "sendNotification",
-    {"202": _answer("It is kept.", _object(id=_STRING, message=_STRING), "Idempotent-Replayed")},
+    "Keep a notification, answer, and deliver it afterwards.",
+    {"202": _KEPT},
     *(400, 401, 404, 405, 413, 415, 422, 500, 503),
     security=[{}, {"token": []}],
     parameters=[
-        {"name": "email", "in": "path", "required": True, **_ADDRESS},
-        {"name": "Idempotency-Key", "in": "header", **_KEY},
+        {"name": "email", "in": "path", "required": True, "schema": _ADDRESS},
+        {"name": "Idempotency-Key", "in": "header", "schema": _KEY},
     ],
     requestBody={"content": {"application/json": {"schema": _BODY}}},
 )
-_GET_HEALTH = {"200": _answer("It can keep.", _HEALTH), "503": _answer("It cannot.", _HEALTH, "Retry-After")}
-_HEAD_HEALTH = {"200": _answer("It can keep."), "503": _answer("It cannot."), "500": _answer("It failed.")}
-_GET_DOCUMENT = {"200": _answer("This document.", {"type": "object"})}
-_HEALTH_METHODS = {"get": _operation("getHealth", _GET_HEALTH, 404, 405, 500), "head": _operation("head", _HEAD_HEALTH)}
+_GET_HEALTH = _operation("Whether notifications can be kept, and how many wait.", _HEALTH, 404, 405, 500)
 _OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",
     "info": {"title": "Notify", "version": "1.0.0", "description": "Answers first, notifies after: 202 means kept."},
     "paths": {
         "/send-notification/{email}": {"post": _SEND_NOTIFICATION},
-        "/health": _HEALTH_METHODS,
-        "/openapi.json": {"get": _operation("getDocument", _GET_DOCUMENT, 404, 405, 500)},
+        "/health": {"get": _GET_HEALTH, "head": _GET_HEALTH},
+        "/openapi.json": {"get": _operation("This document.", _DOCUMENT, 404, 405, 500)},
     },
     "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
 }
@@ -406,6 +422,7 @@ class _Outbox:
     def __init__(self, folder: str | Path, max_pending: int, fsync: bool) -> None:
         self._folder = None if str(folder) == ":memory:" else Path(folder).absolute()
         self._path = self._folder / "outbox.db" if self._folder else Path(":memory:")
+        self._wal = f"{self._path}-wal"
         self._max_pending, self._fsync = max_pending, fsync
         self._writer, self._warn = _Group(self._write), _Warnings(1)
         self.pending: dict[int, _Entry] = {}  # what is ours
@@ -413,7 +430,7 @@ class _Outbox:
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._delivered: list[int] = []  # and not deleted yet
         self._db: sqlite3.Connection | None = None
-        self._opened, self._opening = ExitStack(), threading.Lock()
+        self._opened, self._lock = ExitStack(), threading.RLock()  # held while the database is opened, written, closed
         weakref.finalize(self, self._opened.close).atexit = False  # as something may be under way then
 
     async def accept(self, email: str, message: str, key: str | None) -> _Entry:
@@ -447,7 +464,8 @@ class _Outbox:
         new = [entry for entry in entries if not entry.seq]
         self._delivered += [entry.seq for entry in entries if entry.seq]
         try:
-            self._commit(new)
+            with self._lock:
+                self._commit(new)
         except Exception as exc:  # whatever it is, there is no id, and so no 202
             for entry in new:
                 entry.id, entry.error = "", exc
@@ -493,10 +511,10 @@ class _Outbox:
     def open(self) -> sqlite3.Connection:
         """The connection; or raise OSError, and leave what cannot be used as it is."""
         try:
-            with self._opening:
+            with self._lock:
                 if self._db is None:
                     self._db = self._start()
-                elif self._folder and not (_inode(self._path) == self._inode and _inode(f"{self._path}-wal")):
+                elif self._folder and not (self._path.stat().st_ino == self._inode and os.path.exists(self._wal)):
                     raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
             remedy = "mend it, or move it away while no worker runs, or name another (NOTIFY_OUTBOX, outbox=)"
@@ -513,65 +531,68 @@ class _Outbox:
             db = opened.enter_context(closing(self._connect()))
             if is_new:
                 db.executescript(_SCHEMA)
-            self._inode = _inode(self._path) if self._folder else 0
+            db.execute("PRAGMA busy_timeout = 0")  # see _transaction
+            self._inode = self._path.stat().st_ino if self._folder else 0
             self._worker = secrets.token_hex(8)
-            self._log_lock = opened.enter_context(closing(_open_lock(self._file("log.lock"), _LOCK_WAIT)))
+            self._log_lock = opened.enter_context(closing(_connect(self._file("log.lock"), "OFF")))
             opened.enter_context(_locked(self._file(f"{self._worker}.lock")))
             self._opened.push(opened.pop_all())
             return db
 
-    def _file(self, name: str) -> Path:
-        return self._folder / name if self._folder else self._path
-
     def _connect(self) -> sqlite3.Connection:
-        db = _connect(self._path)
-        db.execute("PRAGMA journal_mode = WAL")  # who reads does not wait for who writes
+        db = _connect(self._path, "WAL")  # who reads does not wait for who writes
         db.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'NORMAL'}")  # FULL: a commit is on the disk
         db.execute("PRAGMA wal_autocheckpoint = 0")  # as a commit would wait for it: see adopt
         return db
 
+    def _file(self, name: str) -> Path:
+        return self._folder / name if self._folder else self._path
+
     def close(self) -> None:
         """Let go of the outbox, unless something is under way, which ends with the process."""
-        with self._opening:
+        with self._lock:
             if self._folder and not self._delivered and len(self.pending) == len(self.waiting):
-                self._db = None
                 self._opened.close()
-                self.pending.clear()
-                self.waiting.clear()
+                self._db = None
+                self.pending, self.waiting, self._adopted = {}, {}, set()
 
     def adopt(self, limit: int, find_delivered: Callable[[set[str]], set[str]]) -> bool:
         """Take over what the dead left, up to a limit; whether there was any. On a thread of its own."""
         self.open()
+        worker = self._worker
         if self._delivered:
             self._writer.put([_Entry("")])  # so that it tries again
         if not self._folder:
             return False
         with closing(self._connect()) as db:
-            if os.path.getsize(f"{self._path}-wal") > _MAX_WAL:
+            if os.path.getsize(self._wal) > _MAX_WAL:
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            owners = {worker for (worker,) in db.execute(_OWNERS)} | {path.stem for path in self._folder.glob("*.lock")}
-            for worker in owners - {self._worker, "", "outbox", "log"}:
-                self._disown(db, worker, find_delivered)
-            with _transaction(db):
-                rows = db.execute(_ADOPT, (self._worker, limit)).fetchall()
-        for line, seq in rows:
-            self._adopted.add(seq)
-            self.pending[seq] = self.waiting[seq] = _Entry(line, seq)
+            owners = {owner for (owner,) in db.execute(_OWNERS)} | {path.stem for path in self._folder.glob("*.lock")}
+            for owner in owners - {worker, "", "outbox", "log"}:
+                self._disown(db, owner, find_delivered)
+            with self._lock:
+                if self._db is None or worker != self._worker:
+                    return False  # closed meanwhile
+                with _transaction(db):
+                    rows = db.execute(_ADOPT, (worker, limit)).fetchall()
+                for line, seq in rows:
+                    self._adopted.add(seq)
+                    self.pending[seq] = self.waiting[seq] = _Entry(line, seq)
         return bool(rows)
 
-    def _disown(self, db: sqlite3.Connection, worker: str, find_delivered: Callable[[set[str]], set[str]]) -> None:
-        lock = self._file(f"{worker}.lock")
+    def _disown(self, db: sqlite3.Connection, owner: str, find_delivered: Callable[[set[str]], set[str]]) -> None:
+        lock = self._file(f"{owner}.lock")
         with ExitStack() as dead:
             try:
                 with _locked(self._file("outbox.lock")):  # two that try one lock at once can both fail
                     dead.enter_context(_locked(lock, wait=0))
             except sqlite3.OperationalError:
                 return  # it lives
-            rows = dict(db.execute(_IDS, (worker,)))
+            rows = dict(db.execute(_IDS, (owner,)))
             delivered = [rows[id] for id in find_delivered(set(rows))] if rows else []
             with _transaction(db):
                 db.execute(_DELETE, (json.dumps(delivered),))
-                db.execute(_DISOWN, (worker,))
+                db.execute(_DISOWN, (owner,))
         with suppress(OSError):
             lock.unlink()
 
@@ -602,21 +623,17 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 @contextmanager
 def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[None]:
     """Hold a lock that dies with its process: SQLite's own, on an empty file."""
-    with closing(_open_lock(path, wait)) as db:
+    with closing(_connect(path, "OFF", wait)) as db:
         db.execute("BEGIN EXCLUSIVE")
         yield
 
 
-def _open_lock(path: Path, wait: float) -> sqlite3.Connection:
-    db = _connect(path, wait)
-    db.execute("PRAGMA journal_mode = OFF")  # there is nothing to roll back
-    return db
-
-
-def _connect(path: Path, wait: float = 0.0) -> sqlite3.Connection:
+def _connect(path: Path, journal: str, wait: float = _LOCK_WAIT) -> sqlite3.Connection:
     if path != Path(":memory:") and not path.exists():
         path.touch(0o600)  # only if it is not there: to close it would drop this process's locks on it
-    return sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
+    db.execute(f"PRAGMA journal_mode = {journal}")
+    return db
 
 
 def _is_new(path: Path) -> bool:
@@ -634,10 +651,6 @@ def _is_new(path: Path) -> bool:
     if verdict != "ok" or (tables and application != 0x6E6F7466):
         raise OSError("it is another program's" if verdict == "ok" else verdict)
     return not tables  # as when the disk was full, or the process killed, while it was made
-
-
-def _inode(path: str | Path) -> int:
-    return os.stat(path).st_ino
 
 
 def _sync(folder: Path) -> None:
@@ -911,12 +924,10 @@ def create_app(
     relay = _Relay(box, notify, _LogFile(log, fsync, box.log_locked), delay, concurrency)
     api = _Api(box, relay, token)
     routes = [
-        Route("/send-notification/{email:path}", api.send_notification, methods=["POST"]),
-        Route("/health", api.health),
-        Route("/openapi.json", api.openapi),
+        _Route("/send-notification/{email:path}", api.send_notification, "POST"),
+        _Route("/health", api.health, "GET"),
+        _Route("/openapi.json", api.openapi, "GET"),
     ]
-    for route in routes:  # the whole path, but for one slash at its end: Starlette's lets a last newline fall off
-        route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
     handlers = {HTTPException: api.refuse, ClientDisconnect: api.refuse, Exception: api.refuse}
     service = Starlette(routes=routes, exception_handlers=handlers, lifespan=relay.lifespan)
     service.router.redirect_slashes = False
