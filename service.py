@@ -172,7 +172,8 @@ class _Api:
         return _Answer(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
 
     async def health(self, request: Request) -> Response:
-        pending, failed, error = await self._outbox.health()
+        error = await self._outbox.probe()
+        pending, failed = self._outbox.count()
         status = f"the outbox cannot be written: {error}" if error else "ok"
         content = {"status": status, "pending": pending, "failed": failed}
         code, headers = (503, _RETRY) if error else (200, None)
@@ -445,13 +446,16 @@ class _Outbox:
             raise HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         return entry
 
-    async def health(self) -> tuple[int, int, Exception | None]:
-        """How many are pending, of how many the last attempt failed, and why the outbox cannot be written, if so."""
+    async def probe(self) -> Exception | None:
+        """Why the outbox cannot be written, if so. What was put before is written, too."""
         nothing = _Entry("")
         await self._writer.run(nothing)
+        return nothing.error
+
+    def count(self) -> tuple[int, int]:
+        """How many are pending, and of how many the last attempt failed."""
         entries = list(self.pending.values())
-        pending, failed = sum(e.due < math.inf for e in entries), sum(e.since is not None for e in entries)
-        return pending, failed, nothing.error
+        return sum(entry.due < math.inf for entry in entries), sum(entry.since is not None for entry in entries)
 
     def delete(self, entries: list[_Entry]) -> None:
         """Forget what was delivered."""
@@ -715,7 +719,9 @@ class _Relay:
             finally:
                 self._lifespans -= 1
                 tasks.cancel_scope.cancel()
-        await _in_thread(self._outbox.close)
+        with suppress(OSError, sqlite3.Error):
+            await self._outbox.probe()
+            await _in_thread(self._outbox.close)
         if error:
             raise error
 
@@ -780,17 +786,18 @@ class _Relay:
 
     def _fail(self, entries: list[_Entry], error: BaseException) -> None:
         """Have the entries wait as long as they have failed so far, so that pauses double."""
-        now, told = time.monotonic(), [entry.line[_ID] for entry in entries if entry.since is None]
+        now, first = time.monotonic(), [entry for entry in entries if entry.since is None]
         for entry in entries:
-            entry.since = now if entry.since is None else entry.since
-            failing = now - entry.since
-            pause = min(self._wait_max, self._wait_initial + failing) * random.uniform(0.75, 1)
-            entry.due = now + pause if failing < self._give_up else math.inf
-            if entry.due == math.inf:
-                told.append(f"{entry.line[_ID]}, failing for a day, is set aside until the next start, ")
+            entry.since = entry.since or now
+            pause = min(self._wait_max, self._wait_initial + now - entry.since) * random.uniform(0.75, 1)
+            entry.due = now + pause if now - entry.since < self._give_up else math.inf
             self._outbox.waiting[entry.seq] = entry
-        if told:
-            self._warn("notification %s and %d more failed: %s", told[0], len(told) - 1, _reason(error))
+        if first:
+            which = first[0].line[_ID], len(first) - 1
+            self._warn("notification %s and %d more failed, and are tried again: %s", *which, _reason(error))
+        for entry in entries:
+            if entry.due == math.inf:
+                log.error("notification %s failed for a day, and waits for the next start", entry.line[_ID])
 
 
 def _ends_task(error: BaseException) -> bool:
