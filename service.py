@@ -36,7 +36,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -76,10 +76,11 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] 
 }
 
 
-def _check(name: str, value: object, label: str) -> None:
-    _, makes_sense, rule = _SETTINGS[name]
-    if not makes_sense(value):
-        raise ValueError(f"{label} must be {rule}, not {value!r}")
+def _check(settings: dict[str, Any], label: str = "") -> None:
+    for name, value in settings.items():
+        _, makes_sense, rule = _SETTINGS[name]
+        if not makes_sense(value):
+            raise ValueError(f"{label or name} must be {rule}, not {value!r}")
 
 
 def _environment() -> dict[str, Any]:
@@ -87,10 +88,10 @@ def _environment() -> dict[str, Any]:
     for name, (read, *_) in _SETTINGS.items():
         variable = f"NOTIFY_{name.upper()}"
         if (value := os.environ.get(variable)) is not None:
-            settings[name] = value
             with suppress(ValueError, KeyError):
-                settings[name] = read(value)
-            _check(name, settings[name], variable)
+                value = read(value)
+            _check({name: value}, variable)
+            settings[name] = value
     return settings
 
 
@@ -538,7 +539,7 @@ class _Outbox:
             db.execute("PRAGMA busy_timeout = 0")  # see _transaction
             self._inode = self._path.stat().st_ino if self._folder else 0
             self._worker = secrets.token_hex(8)
-            self._log_lock = opened.enter_context(closing(_connect(self._file("log.lock"), "OFF")))
+            self.log_lock = opened.enter_context(closing(_connect(self._file("log.lock"), "OFF")))
             opened.enter_context(_locked(self._file(f"{self._worker}.lock")))
             self._opened.push(opened.pop_all())
             return db
@@ -599,15 +600,6 @@ class _Outbox:
                 db.execute(_DISOWN, (owner,))
         with suppress(OSError):
             lock.unlink()
-
-    @contextmanager
-    def log_locked(self) -> Iterator[None]:
-        """Hold the lock that keeps the lines of this outbox's workers apart."""
-        self._log_lock.execute("BEGIN EXCLUSIVE")
-        try:
-            yield
-        finally:
-            self._log_lock.execute("ROLLBACK")
 
 
 @contextmanager
@@ -686,6 +678,7 @@ class _Relay:
         self._group = _Group(self._deliver_all, threads if own else None)
         self._delay = 0.0 if own else delay
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
+        self._find_delivered = set[str]().intersection if own else file.find  # one's own can tell by the id
         self._most, self._warn = max(_IN_HAND, threads), _Warnings(50 if own else 1)
         self._lifespans = 0
         self._next = self._next_look = 0.0  # when there is something to do, on the monotonic clock
@@ -751,9 +744,6 @@ class _Relay:
 
     def _room(self) -> int:
         return self._most - len(self._outbox.pending) + len(self._outbox.waiting)
-
-    def _find_delivered(self, ids: set[str]) -> set[str]:
-        return self._file.find(ids) if self._notify is None else set()  # others can tell by the id
 
     async def _attempt(self, entry: _Entry, delay: float = 0.0) -> None:
         try:
@@ -835,8 +825,8 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
 class _LogFile:
     """The file that the default notifier appends to."""
 
-    def __init__(self, path: str | Path, fsync: bool, locked: Callable[[], AbstractContextManager[None]]) -> None:
-        self._path, self._fsync, self._locked = Path(path).absolute(), fsync, locked
+    def __init__(self, path: str | Path, fsync: bool, outbox: _Outbox) -> None:
+        self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
         self._known = 0, 0  # the inode and the size that we left
 
     def append(self, lines: list[str]) -> None:
@@ -846,7 +836,7 @@ class _LogFile:
         with ExitStack() as stack:
             file = self._open()
             stack.callback(os.close, file)
-            stack.enter_context(self._locked())
+            stack.enter_context(self._outbox.log_lock).execute("BEGIN EXCLUSIVE")  # no other worker's lines between
             state = os.fstat(file)
             is_regular, end = stat.S_ISREG(state.st_mode), state.st_size
             if is_regular and end and (state.st_ino, end) != self._known:
@@ -922,20 +912,16 @@ def create_app(
         TypeError: ``notify`` cannot be called.
         ValueError: Another setting makes no sense; names it, its value and the rule.
     """
-    given = {"log": log, "outbox": outbox, "delay": delay, "concurrency": concurrency, "max_pending": max_pending}
-    for name, value in (given | {"token": token, "fsync": fsync}).items():
-        _check(name, value, name)
+    _check({"log": log, "outbox": outbox, "delay": delay, "concurrency": concurrency, "max_pending": max_pending})
+    _check({"token": token, "fsync": fsync})
     if notify is not None and not callable(notify):
         raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
     box = _Outbox(outbox, max_pending, fsync)
-    relay = _Relay(box, notify, _LogFile(log, fsync, box.log_locked), delay, concurrency)
+    relay = _Relay(box, notify, _LogFile(log, fsync, box), delay, concurrency)
     api = _Api(box, relay, token)
-    routes = [
-        _Route("/send-notification/{email:path}", api.send_notification, "POST"),
-        _Route("/health", api.health, "GET"),
-        _Route("/openapi.json", api.openapi, "GET"),
-    ]
-    handlers = {HTTPException: api.refuse, ClientDisconnect: api.refuse, Exception: api.refuse}
+    send = _Route("/send-notification/{email:path}", api.send_notification, "POST")
+    routes = [send, _Route("/health", api.health, "GET"), _Route("/openapi.json", api.openapi, "GET")]
+    handlers = dict.fromkeys([HTTPException, ClientDisconnect, Exception], api.refuse)
     service = Starlette(routes=routes, exception_handlers=handlers, lifespan=relay.lifespan)
     service.router.redirect_slashes = False
     return service
