@@ -26,7 +26,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from dataclasses import FrozenInstanceError, asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -1656,6 +1656,35 @@ async def test_with_a_concurrency_of_one_each_of_many_at_once_is_notified():
         for _ in range(30):
             tasks.start_soon(post, app)
     assert len({n.id for n in sent}) == len(sent) == 30
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("served", [False, True], ids=["without a lifespan", "with a lifespan"])
+async def test_at_most_500_are_in_hand_at_once_and_the_others_follow(served):
+    gate, started = anyio.Event(), []
+
+    async def notify(notification):
+        started.append(notification.id)
+        await gate.wait()
+
+    app = create_app(notify, outbox=":memory:")
+    answers = []
+
+    async def ask():
+        answers.append((await post(app)).json()["id"])
+
+    async with AsyncExitStack() as stack:
+        if served:
+            await stack.enter_async_context(lifespan(app))
+        async with anyio.create_task_group() as tasks:
+            for _ in range(600):
+                tasks.start_soon(ask)
+            await soon(lambda: len(started) == 500 and len(answers) == 100)
+            assert await health(app) == {"status": "ok", "pending": 600, "failed": 0}
+            assert len(started) == 500
+            gate.set()
+        await soon(lambda: len(started) == 600)
+    assert sorted(started) == sorted(answers)
 
 
 @pytest.mark.anyio

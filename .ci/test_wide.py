@@ -845,6 +845,21 @@ def test_a_log_can_be_renamed_under_load(tmp_path: Path) -> None:
         assert len(list(tmp_path.glob("log.txt*"))) == 5
 
 
+@pytest.mark.parametrize("kind", ["delay", "def", "async def"])
+def test_what_waits_takes_at_most_10_kib_each(tmp_path: Path, kind: str) -> None:
+    """With a request's whole chain of tasks kept alive for each, it would be more."""
+    sleep = "await asyncio.sleep(600)" if kind == "async def" else "time.sleep(600)"
+    notify = f"import asyncio, time\nfrom service import create_app\n{kind} notify(n): {sleep}\n"
+    (tmp_path / "host.py").write_text(f"{notify}app = create_app(notify, fsync=False)\n" if kind != "delay" else "")
+    server = Server(tmp_path, *(UVICORN if kind == "delay" else UVICORN_HOST))
+    with server, Clients(server.start(delay=600, fsync=False)) as clients:
+        clients.more(1000)
+        before = resources(server)[0]
+        clients.more(5000)
+        pending = len(clients.kept)
+        assert resources(server)[0] - before < 10 * (pending - 1000)
+
+
 def test_twenty_thousand_pending_at_start(tmp_path: Path) -> None:
     """DESIGN.md's goals are 3, 10 and 0.5 s: a busy machine gets three times that."""
     settings = {"max_pending": 30_000, "fsync": False}
