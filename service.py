@@ -441,10 +441,9 @@ class _Outbox:
         if key is not None:
             entry.key = key, hashlib.sha256(f"{email}\n{message}".encode()).hexdigest()
         await self._writer.run(entry)
-        if isinstance(entry.error, HTTPException):
-            raise entry.error
         if not entry.id:
-            raise HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
+            failed = HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
+            raise entry.error if isinstance(entry.error, HTTPException) else failed
         return entry
 
     async def probe(self) -> Exception | None:
