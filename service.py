@@ -416,6 +416,7 @@ class _Entry:
     error: Exception | None = None
     since: float | None = None  # when it failed first, on the monotonic clock
     due: float = 0.0  # when it is the relay's to deliver; infinity: it is set aside
+    written: bool = False  # to the log, though perhaps not to the disk
 
 
 class _Outbox:
@@ -457,11 +458,15 @@ class _Outbox:
         entries = list(self.pending.values())
         return sum(entry.due < math.inf for entry in entries), sum(entry.since is not None for entry in entries)
 
-    def delete(self, entries: list[_Entry]) -> None:
-        """Forget what was delivered."""
+    def settle(self, entries: list[_Entry]) -> None:
+        """Count these as delivered."""
         for entry in entries:
-            del self.pending[entry.seq]
+            self.pending.pop(entry.seq, None)
             self._adopted.discard(entry.seq)
+
+    def delete(self, entries: list[_Entry]) -> None:
+        """Count these as delivered, and delete them with the next commit."""
+        self.settle(entries)
         self._writer.put(entries)
 
     def _write(self, entries: list[_Entry]) -> None:
@@ -671,15 +676,17 @@ class _Relay:
     def __init__(
         self, outbox: _Outbox, notify: Callable[..., Any] | None, file: _LogFile, delay: float, threads: int
     ) -> None:
-        self._outbox, self._notify, self._file = outbox, notify, file
+        self._outbox, self._file = outbox, file
+        self._notify: Any = notify
         own = notify is not None
         self._is_async = notify is not None and BackgroundTask(notify).is_async
-        self._group = _Group(self._deliver_all, threads if own else None)
+        self._group = _Group(self._call, threads) if own else _Group(self._append)
         self._delay = 0.0 if own else delay
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
         self._find_delivered = set[str]().intersection if own else file.find  # one's own can tell by the id
         self._most, self._warn = max(_IN_HAND, threads), _Warnings(50 if own else 1)
         self._lifespans = 0
+        self._synced = 0.0
         self._next = self._next_look = 0.0  # when there is something to do, on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
@@ -712,6 +719,8 @@ class _Relay:
                 self._lifespans -= 1
                 tasks.cancel_scope.cancel()
         with suppress(OSError, sqlite3.Error):
+            if self._notify is None:
+                await self._group.run(_Entry(""))  # syncs
             await self._outbox.probe()
             await _in_thread(self._outbox.close)
         if error:
@@ -748,7 +757,7 @@ class _Relay:
         try:
             if delay:
                 await anyio.sleep(delay)
-            if self._is_async and self._notify is not None:
+            if self._is_async:
                 await self._notify(_read_line(entry.line))
         except BaseException as exc:
             self._fail([entry], exc)
@@ -760,18 +769,38 @@ class _Relay:
             else:
                 await self._group.run(entry)
 
-    def _deliver_all(self, entries: list[_Entry]) -> None:
+    def _call(self, entries: list[_Entry]) -> None:
         try:
-            if self._notify is None:
-                self._file.append([entry.line for entry in entries])
-            else:
-                result = self._notify(_read_line(entries[0].line))
-                if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
-                    raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
+            result = self._notify(_read_line(entries[0].line))
+            if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+                raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
         except BaseException as exc:
             self._fail(entries, exc)
         else:
             self._outbox.delete(entries)
+
+    def _append(self, entries: list[_Entry]) -> None:
+        """Append what is new. What was appended is deleted when it is on the disk, which takes one sync for many."""
+        new, written = [e for e in entries if e.line and not e.written], [e for e in entries if e.written]
+        try:
+            if new:
+                self._file.append([entry.line for entry in new])
+        except BaseException as exc:
+            self._fail(new, exc)
+        else:
+            self._outbox.settle(new)
+            for entry in new:
+                entry.written = True
+            written += new
+        if new and time.monotonic() < self._synced + _LINGER:
+            self._group.put(written)
+            return
+        try:
+            self._file.sync()
+            self._outbox.delete(written)
+        except OSError as exc:
+            self._warn("the log cannot be synced, and is searched at the next start: %s", _reason(exc))
+        self._synced = time.monotonic()
 
     def _fail(self, entries: list[_Entry], error: BaseException) -> None:
         """Have the entries wait as long as they have failed so far, so that pauses double."""
@@ -822,48 +851,60 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
 
 
 class _LogFile:
-    """The file that the default notifier appends to."""
+    """The file that the default notifier appends to. It may be renamed at any time: the next line makes a new one."""
 
     def __init__(self, path: str | Path, fsync: bool, outbox: _Outbox) -> None:
         self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
-        self._known = 0, 0  # the inode and the size that we left
+        self._file = -1  # open from a line to the next sync
+        self._known = 0, 0  # its inode, and the size that we left
+        self._is_new = False
 
     def append(self, lines: list[str]) -> None:
-        """Append the lines, all or none; raises OSError. Opens it by its name each time, so that it can be renamed."""
+        """Append the lines, all or none; raises OSError."""
         data = "".join(f"{line}\n" for line in lines).encode()
-        size = len(data)
-        with ExitStack() as stack:
-            file = self._open()
-            stack.callback(os.close, file)
-            stack.enter_context(self._outbox.log_lock).execute("BEGIN EXCLUSIVE")  # no other worker's lines between
-            state = os.fstat(file)
+        with self._outbox.log_lock as lock:
+            lock.execute("BEGIN EXCLUSIVE")  # no other worker's lines between ours
+            state = self._open()
             is_regular, end = stat.S_ISREG(state.st_mode), state.st_size
             if is_regular and end and (state.st_ino, end) != self._known:
-                with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
+                with mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) as content:
                     end = content.rfind(b"\n") + 1  # after the last whole line, as a crash may have torn one
-                os.ftruncate(file, end)
+                os.ftruncate(self._file, end)
+            self._known, self._is_new = (state.st_ino, end + len(data)), self._is_new or not end
             try:
                 while data:
-                    data = data[os.write(file, data) :]
-                if self._fsync and is_regular:
-                    os.fsync(file)
-                    if not end:
-                        _sync(self._path.parent)
+                    data = data[os.write(self._file, data) :]
             except OSError as exc:
                 exc.filename = os.fspath(self._path)
                 if is_regular:
-                    os.ftruncate(file, end)
+                    os.ftruncate(self._file, end)
                 raise
-            self._known = state.st_ino, end + size
 
-    def _open(self) -> int:
+    def _open(self) -> os.stat_result:
+        with suppress(FileNotFoundError):
+            if self._file >= 0 and (state := os.stat(self._path)).st_ino == self._known[0]:
+                return state
+        self.sync()
         flags = os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        file = os.open(self._path, flags | os.O_RDWR, 0o600)
-        if not stat.S_ISREG(os.fstat(file).st_mode):  # a FIFO shall not be its own reader, nor wait for one
-            os.close(file)
-            file = os.open(self._path, flags | os.O_WRONLY)
-            os.set_blocking(file, True)
-        return file
+        self._file = os.open(self._path, flags | os.O_RDWR, 0o600)
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):  # a FIFO shall not be its own reader, nor wait for one
+            self.sync()
+            self._file = os.open(self._path, flags | os.O_WRONLY)
+            os.set_blocking(self._file, True)
+        return os.fstat(self._file)
+
+    def sync(self) -> None:
+        """Have what was appended on the disk; raises OSError."""
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            try:
+                if self._fsync and stat.S_ISREG(os.fstat(file).st_mode):
+                    os.fsync(file)
+                if self._fsync and self._is_new:
+                    _sync(self._path.parent)
+                    self._is_new = False
+            finally:
+                os.close(file)
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
