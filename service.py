@@ -543,7 +543,7 @@ class _Outbox:
             db.execute("PRAGMA busy_timeout = 0")  # see _transaction
             self._inode = self._path.stat().st_ino if self._folder else 0
             self._worker = secrets.token_hex(8)
-            self.log_lock = opened.enter_context(closing(_connect(self._file("log.lock"), "OFF")))
+            self._log_lock = opened.enter_context(closing(_connect(self._file("log.lock"), "OFF")))
             opened.enter_context(_locked(self._file(f"{self._worker}.lock")))
             self._opened.push(opened.pop_all())
             return db
@@ -604,6 +604,15 @@ class _Outbox:
                 db.execute(_DISOWN, (owner,))
         with suppress(OSError):
             lock.unlink()
+
+    @contextmanager
+    def log_locked(self) -> Iterator[None]:
+        """Keep the lines of this outbox's workers apart."""
+        self._log_lock.execute("BEGIN EXCLUSIVE")
+        try:
+            yield
+        finally:
+            self._log_lock.execute("ROLLBACK")  # a COMMIT would need room on the disk
 
 
 @contextmanager
@@ -862,8 +871,7 @@ class _LogFile:
     def append(self, lines: list[str]) -> None:
         """Append the lines, all or none; raises OSError."""
         data = "".join(f"{line}\n" for line in lines).encode()
-        with self._outbox.log_lock as lock:
-            lock.execute("BEGIN EXCLUSIVE")  # no other worker's lines between ours
+        with self._outbox.log_locked():
             state = self._open()
             is_regular, end = stat.S_ISREG(state.st_mode), state.st_size
             if is_regular and end and (state.st_ino, end) != self._known:
