@@ -727,7 +727,7 @@ class _Relay:
             finally:
                 self._lifespans -= 1
                 tasks.cancel_scope.cancel()
-        with suppress(OSError, sqlite3.Error):
+        with anyio.move_on_after(_LOOK), suppress(OSError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry(""))  # syncs
             await self._outbox.probe()
