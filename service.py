@@ -31,6 +31,7 @@ import re
 import secrets
 import sqlite3
 import stat
+import struct
 import threading
 import time
 import weakref
@@ -378,12 +379,12 @@ _SCHEMA = """
 BEGIN;
 CREATE TABLE pending (     -- what is accepted and not delivered
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    worker TEXT NOT NULL,  -- whose it is: it holds the lock WORKER.lock; '': nobody's, for who adopts it
+    worker TEXT NOT NULL,  -- whose it is: of who holds the lock WORKER.lock
     line TEXT NOT NULL     -- as in the log
 );
 CREATE TABLE keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX keys_at ON keys (at);
-PRAGMA application_id = 0x6E6F7466;
+PRAGMA application_id = 1852798054;
 COMMIT;
 PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 """
@@ -392,9 +393,7 @@ _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
 _OWNERS = "SELECT DISTINCT worker FROM pending"
 _IDS = "SELECT substr(line, 26, 32), seq FROM pending WHERE worker = ?"
-_DISOWN = "UPDATE pending SET worker = '' WHERE worker = ?"
-_ADOPT = """UPDATE pending SET worker = ? WHERE seq IN
-    (SELECT seq FROM pending WHERE worker = '' LIMIT ?) RETURNING line, seq"""
+_LOAD = "SELECT line, seq FROM pending WHERE worker = ? AND seq > ? ORDER BY seq LIMIT ?"
 _FORGET_KEYS = "DELETE FROM keys WHERE at < ?"
 _KEEP_KEYS = "INSERT INTO keys SELECT value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)"
 _FIND_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value FROM json_each(?))"
@@ -402,7 +401,9 @@ _PROBE = "PRAGMA user_version = 1"  # writes a page
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
-_MAX_WAL = 16 * 1024 * 1024  # bytes
+
+
+_MOST_ADOPTED = 10_000  # notifications at once
 
 
 @dataclass(slots=True, eq=False)
@@ -426,14 +427,17 @@ class _Outbox:
         self._folder = None if str(folder) == ":memory:" else Path(folder).absolute()
         self._path = self._folder / "outbox.db" if self._folder else Path(":memory:")
         self._wal = f"{self._path}-wal"
-        self._max_pending, self._fsync = max_pending, fsync
+        self.max_pending, self._fsync = max_pending, fsync
         self._writer, self._warn = _Group(self._write), _Warnings(1)
         self.pending: dict[int, _Entry] = {}  # what is ours
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._delivered: list[int] = []  # and not deleted yet
+        self._left: dict[str, tuple[sqlite3.Connection, int]] = {}  # by the dead: their locks, and how far we loaded
         self._db: sqlite3.Connection | None = None
-        self._opened, self._lock = ExitStack(), threading.RLock()  # held while the database is opened, written, closed
+        self._opened = ExitStack()  # what is closed with it
+        self._lock = threading.RLock()  # held while it is opened, written or closed
+        self._taking, self._adopting = threading.Lock(), threading.Lock()
         weakref.finalize(self, self._opened.close).atexit = False  # as something may be under way then
 
     async def accept(self, email: str, message: str, key: str | None) -> _Entry:
@@ -458,6 +462,11 @@ class _Outbox:
         entries = list(self.pending.values())
         return sum(entry.due < math.inf for entry in entries), sum(entry.since is not None for entry in entries)
 
+    def take(self, entry: _Entry) -> bool:
+        """Whether the entry is the caller's to deliver, as it is for the first who asks."""
+        with self._taking:
+            return self.waiting.pop(entry.seq, None) is not None
+
     def settle(self, entries: list[_Entry]) -> None:
         """Count these as delivered."""
         for entry in entries:
@@ -466,12 +475,11 @@ class _Outbox:
 
     def delete(self, entries: list[_Entry]) -> None:
         """Count these as delivered, and delete them with the next commit."""
+        self._delivered += [entry.seq for entry in entries]
         self.settle(entries)
-        self._writer.put(entries)
+        self._writer.put([_Entry("")])
 
-    def _write(self, entries: list[_Entry]) -> None:
-        new = [entry for entry in entries if not entry.seq]
-        self._delivered += [entry.seq for entry in entries if entry.seq]
+    def _write(self, new: list[_Entry]) -> None:
         try:
             with self._lock:
                 self._commit(new)
@@ -481,21 +489,22 @@ class _Outbox:
             self._warn("the outbox cannot be written, and answers are 503: %s", _reason(exc))
 
     def _commit(self, new: list[_Entry]) -> None:
+        delivered = self._delivered.copy()
         with _transaction(self.open()) as db:
-            db.execute(_DELETE, (json.dumps(self._delivered),))
+            db.execute(_DELETE, (json.dumps(delivered),))
             fresh = self._sort_out(db, [entry for entry in new if entry.line])
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
-            if not fresh and not self._delivered:
+            if not fresh and not delivered:
                 db.execute(_PROBE)
-        self._delivered = []
+        del self._delivered[: len(delivered)]
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
             entry.seq, entry.id, entry.due = seq, entry.line[_ID], time.monotonic() + _LOOK
             self.pending[seq] = self.waiting[seq] = entry
 
     def _sort_out(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
-        room = self._max_pending - len(self.pending) + len(self._adopted)
+        room = self.max_pending - len(self.pending) + len(self._adopted)
         fresh: list[_Entry] = []
         keys: dict[str | None, tuple[str, str]] = {}
         if asked := [entry.key[0] for entry in new if entry.key]:
@@ -536,6 +545,7 @@ class _Outbox:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _sync(self._folder.parent)
             starting.enter_context(_locked(self._file("outbox.lock")))
+            self._log_lock = opened.enter_context(closing(_connect(self._file("log.lock"), "OFF")))
             is_new = not self._folder or _is_new(self._path)
             db = opened.enter_context(closing(self._connect()))
             if is_new:
@@ -543,7 +553,6 @@ class _Outbox:
             db.execute("PRAGMA busy_timeout = 0")  # see _transaction
             self._inode = self._path.stat().st_ino if self._folder else 0
             self._worker = secrets.token_hex(8)
-            self._log_lock = opened.enter_context(closing(_connect(self._file("log.lock"), "OFF")))
             opened.enter_context(_locked(self._file(f"{self._worker}.lock")))
             self._opened.push(opened.pop_all())
             return db
@@ -559,51 +568,60 @@ class _Outbox:
 
     def close(self) -> None:
         """Let go of the outbox, unless something is under way, which ends with the process."""
-        with self._lock:
-            if self._folder and not self._delivered and len(self.pending) == len(self.waiting):
-                self._opened.close()
-                self._db = None
-                self.pending, self.waiting, self._adopted = {}, {}, set()
+        with self._lock, self._adopting:
+            with self._taking:
+                if not self._folder or self._delivered or len(self.pending) > len(self.waiting):
+                    return
+                opened, self._db = self._opened.pop_all(), None
+                self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), {}
+            opened.close()
 
     def adopt(self, limit: int, find_delivered: Callable[[set[str]], set[str]]) -> bool:
-        """Take over what the dead left, up to a limit; whether there was any. On a thread of its own."""
+        """Take over up to so many of what the dead left; whether there may be more. On a thread of its own."""
         self.open()
-        worker = self._worker
         if self._delivered:
             self._writer.put([_Entry("")])  # so that it tries again
         if not self._folder:
             return False
-        with closing(self._connect()) as db:
-            if os.path.getsize(self._wal) > _MAX_WAL:
+        with self._adopting, closing(self._connect()) as db:
+            if os.path.getsize(self._wal):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            owners = {owner for (owner,) in db.execute(_OWNERS)} | {path.stem for path in self._folder.glob("*.lock")}
-            for owner in owners - {worker, "", "outbox", "log"}:
-                self._disown(db, owner, find_delivered)
-            with self._lock:
-                if self._db is None or worker != self._worker:
-                    return False  # closed meanwhile
-                with _transaction(db):
-                    rows = db.execute(_ADOPT, (worker, limit)).fetchall()
+            owners = {owner for (owner,) in db.execute(_OWNERS)}
+            locks = {path.stem for path in self._folder.glob("*.lock")}
+            for owner in (owners | locks) - self._left.keys() - {self._worker, "outbox", "log"}:
+                self._inherit(db, owner, find_delivered)
+            limit = min(limit, _MOST_ADOPTED - len(self._adopted))
+            for owner, (lock, last) in list(self._left.items()):
+                rows = db.execute(_LOAD, (owner, last, max(0, limit))).fetchall()
+                limit -= len(rows)
                 for line, seq in rows:
                     self._adopted.add(seq)
                     self.pending[seq] = self.waiting[seq] = _Entry(line, seq)
-        return bool(rows)
+                    self._left[owner] = lock, seq
+                if owner not in owners:
+                    self._bury(owner)
+        return limit <= 0
 
-    def _disown(self, db: sqlite3.Connection, owner: str, find_delivered: Callable[[set[str]], set[str]]) -> None:
-        lock = self._file(f"{owner}.lock")
+    def _inherit(self, db: sqlite3.Connection, owner: str, find_delivered: Callable[[set[str]], set[str]]) -> None:
+        """If the owner is dead, hold its lock from now on: what it left is ours, but for what the log has already."""
         with ExitStack() as dead:
             try:
                 with _locked(self._file("outbox.lock")):  # two that try one lock at once can both fail
-                    dead.enter_context(_locked(lock, wait=0))
+                    lock = dead.enter_context(_locked(self._file(f"{owner}.lock"), wait=0))
             except sqlite3.OperationalError:
                 return  # it lives
             rows = dict(db.execute(_IDS, (owner,)))
             delivered = [rows[id] for id in find_delivered(set(rows))] if rows else []
             with _transaction(db):
                 db.execute(_DELETE, (json.dumps(delivered),))
-                db.execute(_DISOWN, (owner,))
+            self._left[owner] = lock, 0
+            self._opened.push(dead.pop_all())
+
+    def _bury(self, owner: str) -> None:
+        lock, _ = self._left.pop(owner)
+        lock.close()
         with suppress(OSError):
-            lock.unlink()
+            self._file(f"{owner}.lock").unlink()
 
     @contextmanager
     def log_locked(self) -> Iterator[None]:
@@ -630,11 +648,11 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[None]:
+def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
     """Hold a lock that dies with its process: SQLite's own, on an empty file."""
     with closing(_connect(path, "OFF", wait)) as db:
         db.execute("BEGIN EXCLUSIVE")
-        yield
+        yield db
 
 
 def _connect(path: Path, journal: str, wait: float = _LOCK_WAIT) -> sqlite3.Connection:
@@ -648,18 +666,32 @@ def _connect(path: Path, journal: str, wait: float = _LOCK_WAIT) -> sqlite3.Conn
 def _is_new(path: Path) -> bool:
     """Whether there is no database yet; raises if there is one, but damaged or another program's. Changes nothing."""
     wal = Path(f"{path}-wal")
-    size, magic = path.stat().st_size if path.exists() else 0, wal.read_bytes()[:4] if wal.exists() else b""
-    if magic.strip(b"\0") not in (b"", b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83") or (size < 512 and (size or magic)):
-        raise OSError(f"{path.name} is damaged")  # and SQLite would take it for new, or remove its log
+    size, log = path.stat().st_size if path.exists() else 0, wal.read_bytes() if wal.exists() else b""
+    log_is_damaged = log.strip(b"\0") and not _is_wal_header(log[:32])
+    if log_is_damaged or (size < 512 and (size or log)):  # SQLite would take it for new, and remove what is left of it
+        raise OSError(f"{wal.name if log_is_damaged else path.name} is damaged")
     if not size:
         return True
     mode = "mode=ro" if wal.exists() else "mode=ro&immutable=1"
     with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", timeout=_LOCK_WAIT, uri=True)) as db:
-        questions = "PRAGMA quick_check(1)", "PRAGMA application_id", "SELECT count(*) FROM sqlite_schema"
-        [verdict], [application], [tables] = (db.execute(question).fetchone() for question in questions)
-    if verdict != "ok" or (tables and application != 0x6E6F7466):
+        [verdict] = db.execute("PRAGMA quick_check(1)").fetchone()
+        [application] = db.execute("PRAGMA application_id").fetchone()
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
+    is_ours = application == 1852798054 and tables >= {"pending", "keys"}
+    if verdict != "ok" or not (is_ours or (application in (0, 1852798054) and not tables)):
         raise OSError("it is another program's" if verdict == "ok" else verdict)
     return not tables  # as when the disk was full, or the process killed, while it was made
+
+
+def _is_wal_header(header: bytes) -> bool:
+    """https://www.sqlite.org/fileformat2.html#the_write_ahead_log"""
+    if len(header) < 32 or header[:4] not in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
+        return False
+    a = b = 0
+    for x, y in struct.iter_unpack(">II" if header[3] & 1 else "<II", header[:24]):
+        a = (a + x + b) % 2**32
+        b = (b + y + a) % 2**32
+    return struct.pack(">II", a, b) == header[24:]
 
 
 def _sync(folder: Path) -> None:
@@ -676,7 +708,8 @@ def _sync(folder: Path) -> None:
 
 _LOOK = 2.0  # seconds between two looks for what the dead left, and until a task is taken for lost
 _POLL = 0.05  # seconds between two looks for what is due
-_IN_HAND = 500  # at once; the others wait, and their requests' tasks take no memory
+_DRAIN = 10.0  # seconds that what the relay has in hand may take at the end
+_IN_HAND = 500  # at once in requests' tasks; the others are the relay's, and their requests take no memory
 
 
 class _Relay:
@@ -693,22 +726,31 @@ class _Relay:
         self._delay = 0.0 if own else delay
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
         self._find_delivered = set[str]().intersection if own else file.find  # one's own can tell by the id
-        self._most, self._warn = max(_IN_HAND, threads), _Warnings(50 if own else 1)
+        self._warn = _Warnings(50 if own else 1)
         self._lifespans = 0
+        self._first: set[_Entry] = set()  # in the hands of requests' tasks
+        self._again: set[_Entry] = set()  # in ours
+        self._most_again = self._outbox.max_pending if self._is_async else max(_IN_HAND, threads)
         self._synced = 0.0
         self._next = self._next_look = 0.0  # when there is something to do, on the monotonic clock
+        self._behind = False
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; does not raise."""
-        if self._room() <= 0:
+        if self._lifespans and len(self._first) >= _IN_HAND:
             entry.due = time.monotonic() + self._delay
-        elif self._outbox.waiting.pop(entry.seq, None):
-            await self._attempt(entry, self._delay)
+        elif self._outbox.take(entry):
+            self._first.add(entry)
+            try:
+                if not await self._attempt(entry, self._delay):
+                    return
+            finally:
+                self._first.discard(entry)
         await self.catch_up()
 
     async def catch_up(self) -> None:
         """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
-        while not self._lifespans and time.monotonic() >= self._next and self._room() >= self._most // 2:
+        while not self._lifespans and time.monotonic() >= self._next and len(self._again) < self._most_again:
             async with anyio.create_task_group() as tasks:
                 await self._step(tasks)
 
@@ -717,29 +759,32 @@ class _Relay:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
         await _in_thread(self._outbox.open)
         error = None
+        looking = anyio.CancelScope()
         self._lifespans += 1
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._run, tasks)
+            tasks.start_soon(self._run, tasks, looking)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
                 error = exc
             finally:
                 self._lifespans -= 1
-                tasks.cancel_scope.cancel()
+                looking.cancel()
+                tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
         with anyio.move_on_after(_LOOK), suppress(OSError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry(""))  # syncs
             await self._outbox.probe()
-            await _in_thread(self._outbox.close)
+            if not self._lifespans:
+                await _in_thread(self._outbox.close)
         if error:
             raise error
 
-    async def _run(self, tasks: TaskGroup) -> None:
-        while True:
-            if self._room() >= self._most // 2:
+    async def _run(self, tasks: TaskGroup, scope: anyio.CancelScope) -> None:
+        with scope:
+            while True:
                 await self._step(tasks)
-            await anyio.sleep(_POLL if self._outbox.pending else 10 * _POLL)
+                await anyio.sleep(_POLL if self._outbox.pending else 10 * _POLL)
 
     async def _step(self, tasks: TaskGroup) -> None:
         """Adopt what the dead left, and start to deliver what is due."""
@@ -747,22 +792,31 @@ class _Relay:
         self._next = now + _POLL
         if now >= self._next_look:
             self._next_look = now + _LOOK
+            adopt = partial(self._outbox.adopt, 0 if self._behind else _IN_HAND, self._find_delivered)
             try:
-                if await _in_thread(partial(self._outbox.adopt, self._most, self._find_delivered)):
+                if await _in_thread(adopt) and not self._behind:
                     self._next_look = 0.0
             except Exception as exc:
                 self._warn("what is left in the outbox has to wait: %s", _reason(exc))
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
-        for entry in due[: self._room()]:
-            if self._outbox.waiting.pop(entry.seq, None):
-                tasks.start_soon(self._attempt, entry)
-        if len(due) > self._room() or not self._next_look:
+        room = max(0, self._most_again - len(self._again))
+        for entry in due[:room]:
+            if self._outbox.take(entry):
+                self._again.add(entry)
+                tasks.start_soon(self._deliver_again, entry)
+        self._behind = len(due) > room
+        if self._behind or not self._next_look:
             self._next = 0.0
 
-    def _room(self) -> int:
-        return self._most - len(self._outbox.pending) + len(self._outbox.waiting)
+    async def _deliver_again(self, entry: _Entry) -> None:
+        try:
+            with suppress(anyio.get_cancelled_exc_class()):
+                await self._attempt(entry)
+        finally:
+            self._again.discard(entry)
 
-    async def _attempt(self, entry: _Entry, delay: float = 0.0) -> None:
+    async def _attempt(self, entry: _Entry, delay: float = 0.0) -> bool:
+        """Call the notifier; False if the task is being closed, and must not wait for anything."""
         try:
             if delay:
                 await anyio.sleep(delay)
@@ -770,6 +824,8 @@ class _Relay:
                 await self._notify(_read_line(entry.line))
         except BaseException as exc:
             self._fail([entry], exc)
+            if isinstance(exc, GeneratorExit):
+                return False
             if _ends_task(exc):
                 raise
         else:
@@ -777,6 +833,7 @@ class _Relay:
                 self._outbox.delete([entry])
             else:
                 await self._group.run(entry)
+        return True
 
     def _call(self, entries: list[_Entry]) -> None:
         try:
@@ -819,18 +876,19 @@ class _Relay:
             pause = min(self._wait_max, self._wait_initial + now - entry.since) * random.uniform(0.75, 1)
             entry.due = now + pause if now - entry.since < self._give_up else math.inf
             self._outbox.waiting[entry.seq] = entry
-        if first:
-            which = first[0].line[_ID], len(first) - 1
-            self._warn("notification %s and %d more failed, and are tried again: %s", *which, _reason(error))
-        for entry in entries:
-            if entry.due == math.inf:
-                log.error("notification %s failed for a day, and waits for the next start", entry.line[_ID])
+        self._tell("are tried again", first, error)
+        self._tell("wait for the next start", [entry for entry in entries if entry.due == math.inf], error)
+
+    def _tell(self, what: str, entries: list[_Entry], error: BaseException) -> None:
+        if entries:
+            which = entries[0].line[_ID], len(entries) - 1
+            self._warn("notification %s and %d more failed, and %s: %s", *which, what, _reason(error))
 
 
 def _ends_task(error: BaseException) -> bool:
     """Whether it is this task that ends, and not only something that the notifier did or waited for."""
-    if isinstance(error, GeneratorExit) or not isinstance(error, anyio.get_cancelled_exc_class()):
-        return isinstance(error, GeneratorExit)
+    if not isinstance(error, anyio.get_cancelled_exc_class()):
+        return False
     task = asyncio.current_task() if isinstance(error, asyncio.CancelledError) else None
     return task is None or task.cancelling() > 0
 
@@ -889,15 +947,16 @@ class _LogFile:
                 raise
 
     def _open(self) -> os.stat_result:
+        mode = os.O_RDWR
         with suppress(FileNotFoundError):
-            if self._file >= 0 and (state := os.stat(self._path)).st_ino == self._known[0]:
+            state = os.stat(self._path)
+            if self._file >= 0 and state.st_ino == self._known[0]:
                 return state
+            if not stat.S_ISREG(state.st_mode):  # a FIFO shall not be its own reader, nor wait for one
+                mode = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
         self.sync()
-        flags = os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        self._file = os.open(self._path, flags | os.O_RDWR, 0o600)
-        if not stat.S_ISREG(os.fstat(self._file).st_mode):  # a FIFO shall not be its own reader, nor wait for one
-            self.sync()
-            self._file = os.open(self._path, flags | os.O_WRONLY)
+        self._file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+        if mode != os.O_RDWR:
             os.set_blocking(self._file, True)
         return os.fstat(self._file)
 
@@ -919,13 +978,15 @@ class _LogFile:
         wanted, found, seen = {id.encode() for id in ids}, set[bytes](), set[int]()
         # Never a file of the outbox's: to close it would drop this process's locks on it.
         is_ours = re.compile(rf"(?!outbox\.db|.*\.lock$){re.escape(self._path.stem)}(?![a-zA-Z])").match
-        while files := [
-            f for f in os.scandir(self._path.parent) if is_ours(f.name) and f.is_file() and f.stat().st_ino not in seen
-        ]:
+        while files := [file for file in os.scandir(self._path.parent) if is_ours(file.name) and file.is_file()]:
+            before = len(seen)
             for file in files:  # and look again, as one may be renamed meanwhile
                 with suppress(FileNotFoundError), open(file, "rb") as lines:
-                    seen.add(os.fstat(lines.fileno()).st_ino)
-                    found.update(line[_ID] for line in lines if line[_ID] in wanted and line.endswith(b"\n"))
+                    if (inode := os.fstat(lines.fileno()).st_ino) not in seen:
+                        seen.add(inode)
+                        found.update(line[_ID] for line in lines if line[_ID] in wanted and line.endswith(b"\n"))
+            if len(seen) == before:
+                break
         return {id.decode() for id in found}
 
 
