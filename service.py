@@ -560,7 +560,7 @@ class _Outbox:
     def _connect(self) -> sqlite3.Connection:
         db = _connect(self._path, "WAL")  # who reads does not wait for who writes
         db.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'NORMAL'}")  # FULL: a commit is on the disk
-        db.execute("PRAGMA wal_autocheckpoint = 0")  # as a commit would wait for it: see adopt
+        db.execute("PRAGMA wal_autocheckpoint = 128")  # pages: the log shall not fill a small disk; see adopt, too
         return db
 
     def _file(self, name: str) -> Path:
