@@ -570,7 +570,8 @@ class _Outbox:
         """Let go of the outbox, unless something is under way, which ends with the process."""
         with self._lock, self._adopting:
             with self._taking:
-                if not self._folder or self._delivered or len(self.pending) > len(self.waiting):
+                resting = [entry for entry in self.waiting.values() if entry.since]  # no task will come for these
+                if not self._folder or self._delivered or len(self.pending) > len(resting):
                     return
                 opened, self._db = self._opened.pop_all(), None
                 self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), {}

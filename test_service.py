@@ -1131,24 +1131,40 @@ def test_one_app_serves_six_threads_each_with_its_own_loop(tmp_path):
     assert sorted(n.id for n in read(tmp_path / "log.txt")) == sorted(answers)
 
 
-def test_one_app_may_have_its_lifespan_on_three_loops_at_once():
-    calls = []
+@pytest.mark.parametrize("kind", ["def", "log"])
+def test_one_app_may_have_its_lifespan_on_several_loops_at_once_and_end_it_while_others_post(tmp_path, kind):
+    sent, answers = [], []
+    log = tmp_path / "log.txt"
+    app = create_app(sent.append if kind == "def" else None, log=log, outbox=tmp_path / "outbox", fsync=False)
 
-    def notify(notification):
-        calls.append(notification.message)
-        if calls.count(notification.message) == 1:
-            raise RuntimeError
-
-    app = create_app(notify, outbox=":memory:")
-
-    async def one_loop(message):
+    async def one_loop():
         async with lifespan(app):
-            assert (await post(app, json={"message": message})).status_code == 202
-            await soon(lambda: calls.count(message) == 2)
+            answers.extend([(await post(app)).json()["id"] for _ in range(5)])
 
-    with ThreadPoolExecutor(3) as loops:
-        list(loops.map(lambda message: asyncio.run(one_loop(message)), "abc"))
-    assert sorted(calls) == list("aabbcc")
+    def loops(_):
+        for _ in range(10):
+            asyncio.run(one_loop())
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(loops, range(4)))
+    assert len(answers) == 200
+    assert sorted([n.id for n in sent] or ids(log)) == sorted(answers)
+    assert asyncio.run(health(app)) == {"status": "ok", "pending": 0, "failed": 0}
+
+
+@pytest.mark.anyio
+async def test_at_its_end_a_lifespan_waits_for_what_the_relay_is_delivering(left):
+    started, ended = [], []
+
+    async def notify(notification):
+        started.append(notification)
+        await anyio.sleep(0.3)
+        ended.append(notification)
+
+    async with lifespan(create_app(notify, outbox=left[0])):
+        await soon(lambda: len(started) == 3)
+        assert ended == []
+    assert len(ended) == 3
 
 
 @pytest.mark.anyio
@@ -1578,6 +1594,26 @@ async def an_async_notifier_that_raises(error):
         await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
 
 
+async def many_that_never_return():
+    calls = []
+
+    async def notify(notification):
+        calls.append(notification.message)
+        if notification.message == "hangs":
+            await anyio.sleep_forever()
+        if calls.count(notification.message) == 1:
+            raise RuntimeError
+
+    app = create_app(notify, outbox=":memory:")
+    async with lifespan(app), anyio.create_task_group() as tasks:
+        for _ in range(600):
+            tasks.start_soon(functools.partial(post, app, json={"message": "hangs"}))
+        await soon(lambda: calls.count("hangs") == 600)
+        await post(app, json={"message": "fails once"})
+        await soon(lambda: calls.count("fails once") == 2)
+        tasks.cancel_scope.cancel()
+
+
 async def a_task_that_comes_when_its_row_is_gone_and_another_came():
     sent = []
     app = create_app(sent.append, outbox=":memory:")
@@ -1623,10 +1659,11 @@ async def test_the_relay_delivers_what_failed_or_was_abandoned_and_nothing_twice
         tasks.start_soon(run, a_caller_that_is_cancelled_when_it_has_its_answer, tmp_path / "4", tmp_path / "log.txt")
         tasks.start_soon(run, a_client_that_takes_long_to_receive_its_answer, tmp_path / "5")
         tasks.start_soon(run, anyio.to_thread.run_sync, asyncio.run, time_is_up)
-        for error in (RuntimeError, UnprintableError, SystemExit, asyncio.CancelledError):
+        for error in (RuntimeError, UnprintableError, SystemExit, GeneratorExit, asyncio.CancelledError):
             tasks.start_soon(run, an_async_notifier_that_raises, error)
+        tasks.start_soon(run, many_that_never_return)
         tasks.start_soon(run, a_task_that_comes_when_its_row_is_gone_and_another_came)
-    assert len(ended) == 14
+    assert len(ended) == 16
 
 
 @pytest.mark.anyio
@@ -1875,6 +1912,20 @@ def _scribbled(outbox):
     path.write_bytes(path.read_bytes()[:100] + b"\xaa" * (path.stat().st_size - 100))
 
 
+def _log_damaged_at(start, end):
+    def damage(outbox):
+        path = next(outbox.glob("*-wal"))
+        data = path.read_bytes()
+        path.write_bytes(data[:start] + bytes(255 - byte for byte in data[start:end]) + data[end:])
+
+    return damage
+
+
+def _log_zeroed(outbox):
+    path = next(outbox.glob("*-wal"))
+    path.write_bytes(bytes(32) + path.read_bytes()[32:])
+
+
 DAMAGES = {
     "a file": _a_file,
     "under a file": _under_a_file,
@@ -1885,6 +1936,10 @@ DAMAGES = {
     "emptied beside its log": _emptied,
     "scribbled over": _scribbled,
     "another program's database": _anothers,
+    "its log's first byte": _log_damaged_at(0, 1),
+    "its log's page size": _log_damaged_at(8, 12),
+    "its log's salt": _log_damaged_at(16, 24),
+    "its log's header zeroed": _log_zeroed,
 }
 
 

@@ -672,6 +672,14 @@ def test_while_the_outbox_has_no_room_nothing_is_promised(tmp_path: Path) -> Non
         assert_exactly_once(kept, tmp_path, small / "outbox")
 
 
+def test_a_small_disk_is_not_filled_by_what_is_delivered(tmp_path: Path) -> None:
+    with disk(tmp_path / "disk", "1m") as small, Server(tmp_path) as server:
+        with Clients(server.start(outbox=small / "outbox")) as clients:
+            clients.more(3000)
+        assert clients.statuses.keys() == {202}
+        assert_exactly_once(clients.kept, tmp_path, small / "outbox")
+
+
 def test_while_the_log_has_no_room_answers_go_on_and_the_lines_come_later(tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "2m") as small, Server(tmp_path) as server:
         server.start(log=small / "log.txt")
