@@ -375,7 +375,8 @@ class _Group:
 
 # ------------------------------------------------------------------------------------------------------ outbox
 
-_SCHEMA = """
+_APPLICATION_ID = 0x6E6F7466
+_SCHEMA = f"""
 BEGIN;
 CREATE TABLE pending (     -- what is accepted and not delivered
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -384,7 +385,7 @@ CREATE TABLE pending (     -- what is accepted and not delivered
 );
 CREATE TABLE keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX keys_at ON keys (at);
-PRAGMA application_id = 1852798054;
+PRAGMA application_id = {_APPLICATION_ID};
 COMMIT;
 PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 """
@@ -403,7 +404,7 @@ _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
 
 
-_MOST_ADOPTED = 10_000  # notifications at once
+_MOST_ADOPTED = 10_000
 
 
 @dataclass(slots=True, eq=False)
@@ -427,7 +428,7 @@ class _Outbox:
         self._folder = None if str(folder) == ":memory:" else Path(folder).absolute()
         self._path = self._folder / "outbox.db" if self._folder else Path(":memory:")
         self._wal = f"{self._path}-wal"
-        self.max_pending, self._fsync = max_pending, fsync
+        self._max_pending, self._fsync = max_pending, fsync
         self._writer, self._warn = _Group(self._write), _Warnings(1)
         self.pending: dict[int, _Entry] = {}  # what is ours
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
@@ -504,7 +505,7 @@ class _Outbox:
 
     def _sort_out(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
-        room = self.max_pending - len(self.pending) + len(self._adopted)
+        room = self._max_pending - len(self.pending) + len(self._adopted)
         fresh: list[_Entry] = []
         keys: dict[str | None, tuple[str, str]] = {}
         if asked := [entry.key[0] for entry in new if entry.key]:
@@ -613,8 +614,9 @@ class _Outbox:
                 return  # it lives
             rows = dict(db.execute(_IDS, (owner,)))
             delivered = [rows[id] for id in find_delivered(set(rows))] if rows else []
-            with _transaction(db):
-                db.execute(_DELETE, (json.dumps(delivered),))
+            if delivered:
+                with _transaction(db):
+                    db.execute(_DELETE, (json.dumps(delivered),))
             self._left[owner] = lock, 0
             self._opened.push(dead.pop_all())
 
@@ -667,10 +669,12 @@ def _connect(path: Path, journal: str, wait: float = _LOCK_WAIT) -> sqlite3.Conn
 def _is_new(path: Path) -> bool:
     """Whether there is no database yet; raises if there is one, but damaged or another program's. Changes nothing."""
     wal = Path(f"{path}-wal")
-    size, log = path.stat().st_size if path.exists() else 0, wal.read_bytes() if wal.exists() else b""
-    log_is_damaged = log.strip(b"\0") and not _is_wal_header(log[:32])
-    if log_is_damaged or (size < 512 and (size or log)):  # SQLite would take it for new, and remove what is left of it
-        raise OSError(f"{wal.name if log_is_damaged else path.name} is damaged")
+    size = path.stat().st_size if path.exists() else 0
+    changes = wal.read_bytes() if wal.exists() else b""
+    if changes.strip(b"\0") and not _is_wal_header(changes[:32]):
+        raise OSError(f"{wal.name} is damaged")
+    if size < 512 and (size or changes):  # SQLite would take it for new, and remove its log
+        raise OSError(f"{path.name} is damaged")
     if not size:
         return True
     mode = "mode=ro" if wal.exists() else "mode=ro&immutable=1"
@@ -678,8 +682,8 @@ def _is_new(path: Path) -> bool:
         [verdict] = db.execute("PRAGMA quick_check(1)").fetchone()
         [application] = db.execute("PRAGMA application_id").fetchone()
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
-    is_ours = application == 1852798054 and tables >= {"pending", "keys"}
-    if verdict != "ok" or not (is_ours or (application in (0, 1852798054) and not tables)):
+    is_ours = application == _APPLICATION_ID and tables >= {"pending", "keys"}
+    if verdict != "ok" or not (is_ours or (application in (0, _APPLICATION_ID) and not tables)):
         raise OSError("it is another program's" if verdict == "ok" else verdict)
     return not tables  # as when the disk was full, or the process killed, while it was made
 
@@ -710,7 +714,7 @@ def _sync(folder: Path) -> None:
 _LOOK = 2.0  # seconds between two looks for what the dead left, and until a task is taken for lost
 _POLL = 0.05  # seconds between two looks for what is due
 _DRAIN = 10.0  # seconds that what the relay has in hand may take at the end
-_IN_HAND = 500  # at once in requests' tasks; the others are the relay's, and their requests take no memory
+_IN_HAND = 500  # at once in requests' tasks, and as many in the relay's; the others wait, and take little memory
 
 
 class _Relay:
@@ -731,14 +735,14 @@ class _Relay:
         self._lifespans = 0
         self._first: set[_Entry] = set()  # in the hands of requests' tasks
         self._again: set[_Entry] = set()  # in ours
-        self._most_again = self._outbox.max_pending if self._is_async else max(_IN_HAND, threads)
+        self._most = max(_IN_HAND, threads)  # of each
         self._synced = 0.0
         self._next = self._next_look = 0.0  # when there is something to do, on the monotonic clock
         self._behind = False
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; does not raise."""
-        if self._lifespans and len(self._first) >= _IN_HAND:
+        if self._lifespans and len(self._first) >= self._most:
             entry.due = time.monotonic() + self._delay
         elif self._outbox.take(entry):
             self._first.add(entry)
@@ -751,7 +755,7 @@ class _Relay:
 
     async def catch_up(self) -> None:
         """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
-        while not self._lifespans and time.monotonic() >= self._next and len(self._again) < self._most_again:
+        while not self._lifespans and time.monotonic() >= self._next and len(self._again) < self._most:
             async with anyio.create_task_group() as tasks:
                 await self._step(tasks)
 
@@ -785,22 +789,16 @@ class _Relay:
         with scope:
             while True:
                 await self._step(tasks)
-                await anyio.sleep(_POLL if self._outbox.pending else 10 * _POLL)
+                await anyio.sleep(_POLL if self._outbox.pending else 1)
 
     async def _step(self, tasks: TaskGroup) -> None:
         """Adopt what the dead left, and start to deliver what is due."""
         now = time.monotonic()
         self._next = now + _POLL
         if now >= self._next_look:
-            self._next_look = now + _LOOK
-            adopt = partial(self._outbox.adopt, 0 if self._behind else _IN_HAND, self._find_delivered)
-            try:
-                if await _in_thread(adopt) and not self._behind:
-                    self._next_look = 0.0
-            except Exception as exc:
-                self._warn("what is left in the outbox has to wait: %s", _reason(exc))
+            await self._look(now)
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
-        room = max(0, self._most_again - len(self._again))
+        room = max(0, self._most - len(self._again))
         for entry in due[:room]:
             if self._outbox.take(entry):
                 self._again.add(entry)
@@ -808,6 +806,15 @@ class _Relay:
         self._behind = len(due) > room
         if self._behind or not self._next_look:
             self._next = 0.0
+
+    async def _look(self, now: float) -> None:
+        self._next_look = now + _LOOK
+        adopt = partial(self._outbox.adopt, 0 if self._behind else _IN_HAND, self._find_delivered)
+        try:
+            if await _in_thread(adopt) and not self._behind:
+                self._next_look = 0.0
+        except Exception as exc:
+            self._warn("what is left in the outbox has to wait: %s", _reason(exc))
 
     async def _deliver_again(self, entry: _Entry) -> None:
         try:
