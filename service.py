@@ -571,12 +571,15 @@ class _Outbox:
         """Let go of the outbox, unless something is under way, which ends with the process."""
         with self._lock, self._adopting:
             with self._taking:
-                resting = [entry for entry in self.waiting.values() if entry.since]  # no task will come for these
-                if not self._folder or self._delivered or len(self.pending) > len(resting):
+                if not self._folder or self._delivered or not all(map(self._rests, list(self.pending.values()))):
                     return
                 opened, self._db = self._opened.pop_all(), None
                 self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), {}
             opened.close()
+
+    def _rests(self, entry: _Entry) -> bool:
+        """Whether nobody has the entry in hand, and no request's task will come for it."""
+        return entry.written or (entry.seq in self.waiting and (entry.since is not None or entry.seq in self._adopted))
 
     def adopt(self, limit: int, find_delivered: Callable[[set[str]], set[str]]) -> bool:
         """Take over up to so many of what the dead left; whether there may be more. On a thread of its own."""
@@ -590,11 +593,10 @@ class _Outbox:
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             owners = {owner for (owner,) in db.execute(_OWNERS)}
             locks = {path.stem for path in self._folder.glob("*.lock")}
-            for owner in (owners | locks) - self._left.keys() - {self._worker, "outbox", "log"}:
-                self._inherit(db, owner, find_delivered)
-            limit = min(limit, _MOST_ADOPTED - len(self._adopted))
+            self._inherit(db, (owners | locks) - self._left.keys() - {self._worker, "outbox", "log"}, find_delivered)
+            room = limit = max(0, min(limit, _MOST_ADOPTED - len(self._adopted)))
             for owner, (lock, last) in list(self._left.items()):
-                rows = db.execute(_LOAD, (owner, last, max(0, limit))).fetchall()
+                rows = db.execute(_LOAD, (owner, last, limit)).fetchall()
                 limit -= len(rows)
                 for line, seq in rows:
                     self._adopted.add(seq)
@@ -602,22 +604,23 @@ class _Outbox:
                     self._left[owner] = lock, seq
                 if owner not in owners:
                     self._bury(owner)
-        return limit <= 0
+        return limit == 0 < room
 
-    def _inherit(self, db: sqlite3.Connection, owner: str, find_delivered: Callable[[set[str]], set[str]]) -> None:
-        """If the owner is dead, hold its lock from now on: what it left is ours, but for what the log has already."""
+    def _inherit(
+        self, db: sqlite3.Connection, owners: set[str], find_delivered: Callable[[set[str]], set[str]]
+    ) -> None:
+        """Hold the locks of those that are dead: what they left is ours, but for what the log has already."""
         with ExitStack() as dead:
-            try:
-                with _locked(self._file("outbox.lock")):  # two that try one lock at once can both fail
-                    lock = dead.enter_context(_locked(self._file(f"{owner}.lock"), wait=0))
-            except sqlite3.OperationalError:
-                return  # it lives
-            rows = dict(db.execute(_IDS, (owner,)))
-            delivered = [rows[id] for id in find_delivered(set(rows))] if rows else []
-            if delivered:
+            locks: dict[str, sqlite3.Connection] = {}
+            for owner in owners:
+                # Who cannot be locked lives. Under one more lock, as two that try one at the same time can both fail.
+                with suppress(sqlite3.OperationalError), _locked(self._file("outbox.lock")):
+                    locks[owner] = dead.enter_context(_locked(self._file(f"{owner}.lock"), wait=0))
+            left = {id: seq for owner in locks for id, seq in db.execute(_IDS, (owner,))}
+            if delivered := [left[id] for id in find_delivered(set(left))] if left else []:
                 with _transaction(db):
                     db.execute(_DELETE, (json.dumps(delivered),))
-            self._left[owner] = lock, 0
+            self._left.update((owner, (lock, 0)) for owner, lock in locks.items())
             self._opened.push(dead.pop_all())
 
     def _bury(self, owner: str) -> None:
@@ -872,7 +875,8 @@ class _Relay:
         try:
             self._file.sync()
             self._outbox.delete(written)
-        except OSError as exc:
+        except OSError as exc:  # and to try again would prove nothing
+            self._outbox.pending.update((entry.seq, entry) for entry in written)
             self._warn("the log cannot be synced, and is searched at the next start: %s", _reason(exc))
         self._synced = time.monotonic()
 
