@@ -418,7 +418,6 @@ class _Entry:
     error: Exception | None = None
     since: float | None = None  # when it failed first, on the monotonic clock
     due: float = 0.0  # when it is the relay's to deliver; infinity: it is set aside
-    written: bool = False  # to the log, though perhaps not to the disk
 
 
 class _Outbox:
@@ -579,7 +578,7 @@ class _Outbox:
 
     def _rests(self, entry: _Entry) -> bool:
         """Whether nobody has the entry in hand, and no request's task will come for it."""
-        return entry.written or (entry.seq in self.waiting and (entry.since is not None or entry.seq in self._adopted))
+        return entry.seq in self.waiting and (entry.since is not None or entry.seq in self._adopted)
 
     def adopt(self, limit: int, find_delivered: Callable[[set[str]], set[str]]) -> bool:
         """Take over up to so many of what the dead left; whether there may be more. On a thread of its own."""
@@ -739,6 +738,7 @@ class _Relay:
         self._first: set[_Entry] = set()  # in the hands of requests' tasks
         self._again: set[_Entry] = set()  # in ours
         self._most = max(_IN_HAND, threads)  # of each
+        self._written: list[_Entry] = []  # to the log, but perhaps not to the disk
         self._synced = 0.0
         self._next = self._next_look = 0.0  # when there is something to do, on the monotonic clock
         self._behind = False
@@ -781,7 +781,7 @@ class _Relay:
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
         with anyio.move_on_after(_LOOK), suppress(OSError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
-                await self._group.run(_Entry(""))  # syncs
+                await self._group.run(_Entry(""))  # which syncs
             await self._outbox.probe()
             if not self._lifespans:
                 await _in_thread(self._outbox.close)
@@ -858,7 +858,7 @@ class _Relay:
 
     def _append(self, entries: list[_Entry]) -> None:
         """Append what is new. What was appended is deleted when it is on the disk, which takes one sync for many."""
-        new, written = [e for e in entries if e.line and not e.written], [e for e in entries if e.written]
+        new = [entry for entry in entries if entry.line]
         try:
             if new:
                 self._file.append([entry.line for entry in new])
@@ -866,30 +866,31 @@ class _Relay:
             self._fail(new, exc)
         else:
             self._outbox.settle(new)
-            for entry in new:
-                entry.written = True
-            written += new
+            self._written += new
         if new and time.monotonic() < self._synced + _LINGER:
-            self._group.put(written)
-            return
+            self._group.put([_Entry("")])  # comes back when nothing else has
+        elif self._written:
+            self._sync()
+
+    def _sync(self) -> None:
+        written, self._written = self._written, []
         try:
             self._file.sync()
             self._outbox.delete(written)
-        except OSError as exc:  # and to try again would prove nothing
-            self._outbox.pending.update((entry.seq, entry) for entry in written)
-            self._warn("the log cannot be synced, and is searched at the next start: %s", _reason(exc))
+        except OSError as exc:  # to try again would prove nothing: the next start searches the log
+            self._fail(written, exc, give_up=0)
         self._synced = time.monotonic()
 
-    def _fail(self, entries: list[_Entry], error: BaseException) -> None:
+    def _fail(self, entries: list[_Entry], error: BaseException, give_up: float = math.inf) -> None:
         """Have the entries wait as long as they have failed so far, so that pauses double."""
         now, first = time.monotonic(), [entry for entry in entries if entry.since is None]
         for entry in entries:
             entry.since = entry.since or now
             pause = min(self._wait_max, self._wait_initial + now - entry.since) * random.uniform(0.75, 1)
-            entry.due = now + pause if now - entry.since < self._give_up else math.inf
-            self._outbox.waiting[entry.seq] = entry
-        self._tell("are tried again", first, error)
+            entry.due = now + pause if now - entry.since < min(give_up, self._give_up) else math.inf
+            self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry
         self._tell("wait for the next start", [entry for entry in entries if entry.due == math.inf], error)
+        self._tell("are tried again", [entry for entry in first if entry.due < math.inf], error)
 
     def _tell(self, what: str, entries: list[_Entry], error: BaseException) -> None:
         if entries:
