@@ -588,8 +588,11 @@ class _Outbox:
         if not self._folder:
             return False
         with self._adopting, closing(self._connect()) as db:
-            if os.path.getsize(self._wal):
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with suppress(sqlite3.OperationalError):  # as on a full disk, which holds up no adoption
+                if os.path.getsize(self._wal):
+                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                with _transaction(db):
+                    db.execute(_FORGET_KEYS, (time.time() - _DAY,))
             owners = {owner for (owner,) in db.execute(_OWNERS)}
             locks = {path.stem for path in self._folder.glob("*.lock")}
             self._inherit(db, (owners | locks) - self._left.keys() - {self._worker, "outbox", "log"}, find_delivered)
@@ -1020,8 +1023,7 @@ def create_app(
     """Make the service. Opens, creates and starts nothing: the lifespan or the first request does.
 
     Args:
-        notify: Called with each Notification: a ``def`` on a thread of the service's own, an ``async def`` on the
-            caller's event loop. None: append the notification's line to ``log``.
+        notify: A ``def`` (runs on a thread) or ``async def`` of one Notification. None: append its line to ``log``.
         log: The file that the default notifier appends to.
         outbox: The folder where what is not yet delivered is kept; ``":memory:"`` keeps nothing on disk.
         delay: Seconds that the default notifier waits before it writes.

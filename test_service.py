@@ -780,6 +780,26 @@ async def test_without_a_key_the_same_again_is_another_notification():
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("way", ["by the relay", "by the next request with a key"])
+async def test_a_key_is_forgotten_after_24_hours(tmp_path, way):
+    app = create_app(lambda n: None, outbox=tmp_path / "outbox")
+
+    def keys(seconds=0):
+        with closing(sqlite3.connect(tmp_path / "outbox" / "outbox.db")) as db, db:
+            db.execute("UPDATE keys SET at = at - ?", (seconds,))
+            return db.execute("SELECT count(*) FROM keys").fetchone()[0]
+
+    first = (await post(app, headers=KEY)).json()
+    assert keys(seconds=24 * 3600 - 60) == 1
+    assert (await post(app, headers=KEY)).json() == first
+    keys(seconds=120)
+    if way == "by the relay":
+        async with lifespan(app):
+            await soon(lambda: keys() == 0)
+    assert (await post(app, headers=KEY)).json() != first
+
+
+@pytest.mark.anyio
 async def test_a_refused_request_does_not_use_up_its_key():
     app = create_app(lambda n: None, outbox=":memory:")
     refusal(await post(app, headers=KEY, json={"message": 1}), 422)
