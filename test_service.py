@@ -794,7 +794,7 @@ async def test_a_key_is_forgotten_after_24_hours(tmp_path, way):
     assert (await post(app, headers=KEY)).json() == first
     keys(seconds=120)
     if way == "by the relay":
-        async with lifespan(app):
+        async with lifespan(create_app(outbox=tmp_path / "outbox")):
             await soon(lambda: keys() == 0)
     assert (await post(app, headers=KEY)).json() != first
 
@@ -1162,12 +1162,12 @@ def test_one_app_may_have_its_lifespan_on_several_loops_at_once_and_end_it_while
             answers.extend([(await post(app)).json()["id"] for _ in range(5)])
 
     def loops(_):
-        for _ in range(10):
+        for _ in range(5):
             asyncio.run(one_loop())
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(loops, range(4)))
-    assert len(answers) == 200
+    assert len(answers) == 100
     assert sorted([n.id for n in sent] or ids(log)) == sorted(answers)
     assert asyncio.run(health(app)) == {"status": "ok", "pending": 0, "failed": 0}
 
@@ -1178,7 +1178,7 @@ async def test_at_its_end_a_lifespan_waits_for_what_the_relay_is_delivering(left
 
     async def notify(notification):
         started.append(notification)
-        await anyio.sleep(0.3)
+        await anyio.sleep(0.1)
         ended.append(notification)
 
     async with lifespan(create_app(notify, outbox=left[0])):
@@ -1614,14 +1614,14 @@ async def an_async_notifier_that_raises(error):
         await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
 
 
-async def many_that_never_return():
-    calls = []
+async def many_that_do_not_return():
+    calls, gate = [], anyio.Event()
 
     async def notify(notification):
         calls.append(notification.message)
         if notification.message == "hangs":
-            await anyio.sleep_forever()
-        if calls.count(notification.message) == 1:
+            await gate.wait()
+        elif calls.count(notification.message) == 1:
             raise RuntimeError
 
     app = create_app(notify, outbox=":memory:")
@@ -1631,7 +1631,7 @@ async def many_that_never_return():
         await soon(lambda: calls.count("hangs") == 600)
         await post(app, json={"message": "fails once"})
         await soon(lambda: calls.count("fails once") == 2)
-        tasks.cancel_scope.cancel()
+        gate.set()
 
 
 async def a_task_that_comes_when_its_row_is_gone_and_another_came():
@@ -1681,7 +1681,7 @@ async def test_the_relay_delivers_what_failed_or_was_abandoned_and_nothing_twice
         tasks.start_soon(run, anyio.to_thread.run_sync, asyncio.run, time_is_up)
         for error in (RuntimeError, UnprintableError, SystemExit, GeneratorExit, asyncio.CancelledError):
             tasks.start_soon(run, an_async_notifier_that_raises, error)
-        tasks.start_soon(run, many_that_never_return)
+        tasks.start_soon(run, many_that_do_not_return)
         tasks.start_soon(run, a_task_that_comes_when_its_row_is_gone_and_another_came)
     assert len(ended) == 16
 
@@ -1716,9 +1716,8 @@ async def test_with_a_concurrency_of_one_each_of_many_at_once_is_notified():
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("served", [False, True], ids=["without a lifespan", "with a lifespan"])
-@pytest.mark.parametrize("kind", ["def", "async def", "delay"])
-async def test_of_1000_at_once_the_relay_takes_what_is_too_much_for_the_requests_tasks(tmp_path, served, kind):
+@pytest.mark.parametrize(("served", "kind"), [(False, "delay"), (True, "delay"), (True, "async def")])
+async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_tasks(tmp_path, served, kind):
     answers, delivered = [], []
     gate = anyio.Event()
 
@@ -1726,26 +1725,26 @@ async def test_of_1000_at_once_the_relay_takes_what_is_too_much_for_the_requests
         await gate.wait()
         delivered.append(notification.id)
 
-    notifier = {"def": delivered.append, "async def": notify, "delay": None}[kind]
-    app = create_app(notifier, log=tmp_path / "log.txt", outbox=":memory:", delay=0.5)
+    notifier = {"async def": notify, "delay": None}[kind]
+    app = create_app(notifier, log=tmp_path / "log.txt", outbox=":memory:", delay=0.2)
 
     async def ask():
         answers.append((await post(app)).json()["id"])
 
     def done():
-        return [n if isinstance(n, str) else n.id for n in delivered] or ids(tmp_path / "log.txt")
+        return delivered or ids(tmp_path / "log.txt")
 
     async with AsyncExitStack() as stack:
         if served:
             await stack.enter_async_context(lifespan(app))
         async with anyio.create_task_group() as tasks:
-            for _ in range(1000):
+            for _ in range(520):
                 tasks.start_soon(ask)
             if served and kind == "async def":
-                await soon(lambda: len(answers) == 500)  # the other requests' tasks have to do with one each
+                await soon(lambda: len(answers) == 20)  # the other requests' tasks have to do with one each
             gate.set()
         if served:
-            await soon(lambda: len(done()) == 1000)
+            await soon(lambda: len(done()) == 520)
         assert sorted(done()) == sorted(answers)
         assert await health(app) == {"status": "ok", "pending": 0, "failed": 0}
 
@@ -2358,7 +2357,7 @@ def test_killed_again_and_again_under_load_every_line_is_there_once(tmp_path):
                 acknowledged.append(json.load(connection.getresponse())["id"])
         connection.close()
 
-    for more in (100, 200, 300):
+    for more in (100, 200):
         with serve(tmp_path) as server:
             threads = [threading.Thread(target=ask, args=[server.port]) for _ in range(8)]
             for thread in threads:
@@ -2389,22 +2388,21 @@ def blocks(language: str) -> list[str]:
 
 
 def test_every_python_block_of_the_readme_runs(tmp_path):
-    assert blocks("python")
     env = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFY_")}
-    for number, block in enumerate(blocks("python")):
-        folder = tmp_path / f"block-{number}"
+
+    def run(block):
+        folder = tmp_path / f"block-{blocks('python').index(block)}"
         folder.mkdir()
         (folder / "test_block.py").write_text(block)
         how = ["-m", "pytest", "-p", "no:cacheprovider"] if re.search(r"^(async )?def test_", block, re.M) else []
-        run = subprocess.run(
-            [sys.executable, "-W", "error", *how, "test_block.py"],
-            cwd=folder,
-            env=env | {"PYTHONPATH": str(HERE)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert run.returncode == 0, f"{block}\n{run.stdout}{run.stderr}"
+        command = [sys.executable, "-W", "error", *how, "test_block.py"]
+        options = {"cwd": folder, "env": env | {"PYTHONPATH": str(HERE)}, "capture_output": True, "text": True}
+        return block, subprocess.run(command, timeout=60, **options)
+
+    assert blocks("python")
+    with ThreadPoolExecutor() as threads:
+        for block, ended in threads.map(run, blocks("python")):
+            assert ended.returncode == 0, f"{block}\n{ended.stdout}{ended.stderr}"
 
 
 def test_the_readmes_first_page_shows_what_really_happens(tmp_path):
