@@ -37,7 +37,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -72,7 +72,7 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] 
     "delay": (float, lambda value: type(value) in (int, float) and 0 <= value < math.inf, "seconds, 0 or more"),
     "concurrency": (int, lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
     "max_pending": (int, lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
-    "token": (str, lambda value: value is None or (type(value) is str and _is_token(value)), "ASCII with no space"),
+    "token": (str, lambda text: text is None or (type(text) is str and _is_token(text)), "visible ASCII characters"),
     "fsync": (lambda text: _SWITCH[text.lower()], lambda value: type(value) is bool, "true or false"),
 }
 
@@ -399,12 +399,11 @@ _FORGET_KEYS = "DELETE FROM keys WHERE at < ?"
 _KEEP_KEYS = "INSERT INTO keys SELECT value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)"
 _FIND_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value FROM json_each(?))"
 _PROBE = "PRAGMA user_version = 1"  # writes a page
+_NO_JOURNAL = "journal_mode = OFF"  # of a lock, as there is nothing to roll back
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
-
-
-_MOST_ADOPTED = 10_000
+_MOST_ADOPTED = 10_000  # notifications in memory that came from the dead
 
 
 @dataclass(slots=True, eq=False)
@@ -498,8 +497,9 @@ class _Outbox:
             if not fresh and not delivered:
                 db.execute(_PROBE)
         del self._delivered[: len(delivered)]
+        late = time.monotonic() + _LOOK  # for its task to come
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
-            entry.seq, entry.id, entry.due = seq, entry.line[_ID], time.monotonic() + _LOOK
+            entry.seq, entry.id, entry.due = seq, entry.line[_ID], late
             self.pending[seq] = self.waiting[seq] = entry
 
     def _sort_out(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
@@ -543,27 +543,29 @@ class _Outbox:
         with ExitStack() as starting, ExitStack() as opened:
             if self._folder:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _sync(self._folder.parent)
-            starting.enter_context(_locked(self._file("outbox.lock")))
-            self._log_lock = opened.enter_context(closing(_connect(self._file("log.lock"), "OFF")))
+                _sync_folder(self._folder.parent)
+            starting.enter_context(_locked(self._in_folder("outbox.lock")))
+            self._log_lock = opened.enter_context(_connected(self._in_folder("log.lock"), _NO_JOURNAL))
             is_new = not self._folder or _is_new(self._path)
-            db = opened.enter_context(closing(self._connect()))
+            db = opened.enter_context(self._connected())
             if is_new:
                 db.executescript(_SCHEMA)
-            db.execute("PRAGMA busy_timeout = 0")  # see _transaction
+            db.execute("PRAGMA busy_timeout = 1")  # millisecond: see _transaction
             self._inode = self._path.stat().st_ino if self._folder else 0
             self._worker = secrets.token_hex(8)
-            opened.enter_context(_locked(self._file(f"{self._worker}.lock")))
+            opened.enter_context(_locked(self._in_folder(f"{self._worker}.lock")))
             self._opened.push(opened.pop_all())
             return db
 
-    def _connect(self) -> sqlite3.Connection:
-        db = _connect(self._path, "WAL")  # who reads does not wait for who writes
-        db.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'NORMAL'}")  # FULL: a commit is on the disk
-        db.execute("PRAGMA wal_autocheckpoint = 128")  # pages: the log shall not fill a small disk; see adopt, too
-        return db
+    def _connected(self) -> AbstractContextManager[sqlite3.Connection]:
+        return _connected(
+            self._path,
+            "journal_mode = WAL",  # who reads does not wait for who writes
+            f"synchronous = {'FULL' if self._fsync else 'NORMAL'}",  # FULL: a commit is on the disk
+            "wal_autocheckpoint = 128",  # pages: the log shall not fill a small disk; see adopt, too
+        )
 
-    def _file(self, name: str) -> Path:
+    def _in_folder(self, name: str) -> Path:
         return self._folder / name if self._folder else self._path
 
     def close(self) -> None:
@@ -587,26 +589,22 @@ class _Outbox:
             self._writer.put([_Entry("")])  # so that it tries again
         if not self._folder:
             return False
-        with self._adopting, closing(self._connect()) as db:
-            with suppress(sqlite3.OperationalError):  # as on a full disk, which holds up no adoption
-                if os.path.getsize(self._wal):
-                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                with _transaction(db):
-                    db.execute(_FORGET_KEYS, (time.time() - _DAY,))
+        with self._adopting, self._connected() as db:
+            self._tidy(db)
             owners = {owner for (owner,) in db.execute(_OWNERS)}
             locks = {path.stem for path in self._folder.glob("*.lock")}
             self._inherit(db, (owners | locks) - self._left.keys() - {self._worker, "outbox", "log"}, find_delivered)
-            room = limit = max(0, min(limit, _MOST_ADOPTED - len(self._adopted)))
-            for owner, (lock, last) in list(self._left.items()):
-                rows = db.execute(_LOAD, (owner, last, limit)).fetchall()
-                limit -= len(rows)
-                for line, seq in rows:
-                    self._adopted.add(seq)
-                    self.pending[seq] = self.waiting[seq] = _Entry(line, seq)
-                    self._left[owner] = lock, seq
-                if owner not in owners:
-                    self._bury(owner)
-        return limit == 0 < room
+            more = self._load(db, max(0, min(limit, _MOST_ADOPTED - len(self._adopted))))
+            for owner in self._left.keys() - owners:
+                self._bury(owner)
+        return more
+
+    def _tidy(self, db: sqlite3.Connection) -> None:
+        with suppress(sqlite3.OperationalError):  # as on a full disk, which holds up no adoption
+            if os.path.getsize(self._wal):
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with _transaction(db):
+                db.execute(_FORGET_KEYS, (time.time() - _DAY,))
 
     def _inherit(
         self, db: sqlite3.Connection, owners: set[str], find_delivered: Callable[[set[str]], set[str]]
@@ -616,8 +614,8 @@ class _Outbox:
             locks: dict[str, sqlite3.Connection] = {}
             for owner in owners:
                 # Who cannot be locked lives. Under one more lock, as two that try one at the same time can both fail.
-                with suppress(sqlite3.OperationalError), _locked(self._file("outbox.lock")):
-                    locks[owner] = dead.enter_context(_locked(self._file(f"{owner}.lock"), wait=0))
+                with suppress(sqlite3.OperationalError), _locked(self._in_folder("outbox.lock")):
+                    locks[owner] = dead.enter_context(_locked(self._in_folder(f"{owner}.lock"), wait=0))
             left = {id: seq for owner in locks for id, seq in db.execute(_IDS, (owner,))}
             if delivered := [left[id] for id in find_delivered(set(left))] if left else []:
                 with _transaction(db):
@@ -625,11 +623,22 @@ class _Outbox:
             self._left.update((owner, (lock, 0)) for owner, lock in locks.items())
             self._opened.push(dead.pop_all())
 
+    def _load(self, db: sqlite3.Connection, limit: int) -> bool:
+        room = limit
+        for owner, (lock, last) in list(self._left.items()):
+            rows = db.execute(_LOAD, (owner, last, room)).fetchall()
+            room -= len(rows)
+            for line, seq in rows:
+                self._adopted.add(seq)
+                self.pending[seq] = self.waiting[seq] = _Entry(line, seq)
+                self._left[owner] = lock, seq
+        return room == 0 < limit
+
     def _bury(self, owner: str) -> None:
         lock, _ = self._left.pop(owner)
         lock.close()
         with suppress(OSError):
-            self._file(f"{owner}.lock").unlink()
+            self._in_folder(f"{owner}.lock").unlink()
 
     @contextmanager
     def log_locked(self) -> Iterator[None]:
@@ -647,10 +656,11 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     while not db.in_transaction:
         try:
             db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as exc:
+        except (
+            sqlite3.OperationalError
+        ) as exc:  # again and again: SQLite's own pauses grow, and the oldest would starve
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
-            time.sleep(0.0005)  # SQLite's own pauses grow, so that who has waited longest would starve
     with db:
         yield db
 
@@ -658,17 +668,19 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 @contextmanager
 def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
     """Hold a lock that dies with its process: SQLite's own, on an empty file."""
-    with closing(_connect(path, "OFF", wait)) as db:
+    with _connected(path, _NO_JOURNAL, wait=wait) as db:
         db.execute("BEGIN EXCLUSIVE")
         yield db
 
 
-def _connect(path: Path, journal: str, wait: float = _LOCK_WAIT) -> sqlite3.Connection:
+@contextmanager
+def _connected(path: Path, *pragmas: str, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
     if path != Path(":memory:") and not path.exists():
         path.touch(0o600)  # only if it is not there: to close it would drop this process's locks on it
-    db = sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
-    db.execute(f"PRAGMA journal_mode = {journal}")
-    return db
+    with closing(sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)) as db:
+        for pragma in pragmas:
+            db.execute(f"PRAGMA {pragma}")
+        yield db
 
 
 def _is_new(path: Path) -> bool:
@@ -704,7 +716,7 @@ def _is_wal_header(header: bytes) -> bool:
     return struct.pack(">II", a, b) == header[24:]
 
 
-def _sync(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Have the names of new files on the disk, where a folder can be opened."""
     with suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
@@ -728,7 +740,7 @@ class _Relay:
     def __init__(
         self, outbox: _Outbox, notify: Callable[..., Any] | None, file: _LogFile, delay: float, threads: int
     ) -> None:
-        self._outbox, self._file = outbox, file
+        self._outbox, self._log_file = outbox, file
         self._notify: Any = notify
         own = notify is not None
         self._is_async = notify is not None and BackgroundTask(notify).is_async
@@ -737,7 +749,7 @@ class _Relay:
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
         self._find_delivered = set[str]().intersection if own else file.find  # one's own can tell by the id
         self._warn = _Warnings(50 if own else 1)
-        self._lifespans = 0
+        self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its look for what is due
         self._first: set[_Entry] = set()  # in the hands of requests' tasks
         self._again: set[_Entry] = set()  # in ours
         self._most = max(_IN_HAND, threads)  # of each
@@ -747,7 +759,7 @@ class _Relay:
         self._behind = False
 
     async def deliver(self, entry: _Entry) -> None:
-        """A request's background task; does not raise."""
+        """A request's background task; raises nothing but its own cancellation."""
         if self._lifespans and len(self._first) >= self._most:
             entry.due = time.monotonic() + self._delay
         elif self._outbox.take(entry):
@@ -769,9 +781,8 @@ class _Relay:
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
         await _in_thread(self._outbox.open)
-        error = None
-        looking = anyio.CancelScope()
-        self._lifespans += 1
+        error, looking = None, anyio.CancelScope()
+        self._lifespans.add(looking)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._run, tasks, looking)
             try:
@@ -779,7 +790,7 @@ class _Relay:
             except Exception as exc:  # the host's own, which a task group would wrap
                 error = exc
             finally:
-                self._lifespans -= 1
+                self._lifespans.discard(looking)
                 looking.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
         with anyio.move_on_after(_LOOK), suppress(OSError, sqlite3.Error):  # as the log may hang
@@ -806,9 +817,7 @@ class _Relay:
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
         room = max(0, self._most - len(self._again))
         for entry in due[:room]:
-            if self._outbox.take(entry):
-                self._again.add(entry)
-                tasks.start_soon(self._deliver_again, entry)
+            tasks.start_soon(self._deliver_again, entry)
         self._behind = len(due) > room
         if self._behind or not self._next_look:
             self._next = 0.0
@@ -823,11 +832,13 @@ class _Relay:
             self._warn("what is left in the outbox has to wait: %s", _reason(exc))
 
     async def _deliver_again(self, entry: _Entry) -> None:
-        try:
-            with suppress(anyio.get_cancelled_exc_class()):
-                await self._attempt(entry)
-        finally:
-            self._again.discard(entry)
+        if self._outbox.take(entry):  # here, as a task that is cancelled before it begins would keep it for ever
+            self._again.add(entry)
+            try:
+                with suppress(anyio.get_cancelled_exc_class()):
+                    await self._attempt(entry)
+            finally:
+                self._again.discard(entry)
 
     async def _attempt(self, entry: _Entry, delay: float = 0.0) -> bool:
         """Call the notifier; False if the task is being closed, and must not wait for anything."""
@@ -864,7 +875,7 @@ class _Relay:
         new = [entry for entry in entries if entry.line]
         try:
             if new:
-                self._file.append([entry.line for entry in new])
+                self._log_file.append([entry.line for entry in new])
         except BaseException as exc:
             self._fail(new, exc)
         else:
@@ -873,12 +884,12 @@ class _Relay:
         if new and time.monotonic() < self._synced + _LINGER:
             self._group.put([_Entry("")])  # comes back when nothing else has
         elif self._written:
-            self._sync()
+            self._confirm()
 
-    def _sync(self) -> None:
+    def _confirm(self) -> None:
         written, self._written = self._written, []
         try:
-            self._file.sync()
+            self._log_file.sync()
             self._outbox.delete(written)
         except OSError as exc:  # to try again would prove nothing: the next start searches the log
             self._fail(written, exc, give_up=0)
@@ -940,7 +951,7 @@ class _LogFile:
         self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
         self._file = -1  # open from a line to the next sync
         self._known = 0, 0  # its inode, and the size that we left
-        self._is_new = False
+        self._is_made = False  # since the last sync
 
     def append(self, lines: list[str]) -> None:
         """Append the lines, all or none; raises OSError."""
@@ -952,7 +963,7 @@ class _LogFile:
                 with mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) as content:
                     end = content.rfind(b"\n") + 1  # after the last whole line, as a crash may have torn one
                 os.ftruncate(self._file, end)
-            self._known, self._is_new = (state.st_ino, end + len(data)), self._is_new or not end
+            self._known, self._is_made = (state.st_ino, end + len(data)), self._is_made or not end
             try:
                 while data:
                     data = data[os.write(self._file, data) :]
@@ -983,9 +994,9 @@ class _LogFile:
             try:
                 if self._fsync and stat.S_ISREG(os.fstat(file).st_mode):
                     os.fsync(file)
-                if self._fsync and self._is_new:
-                    _sync(self._path.parent)
-                    self._is_new = False
+                    if self._is_made:
+                        _sync_folder(self._path.parent)
+                self._is_made = False
             finally:
                 os.close(file)
 

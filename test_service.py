@@ -1392,6 +1392,26 @@ async def test_what_was_adopted_is_pending_and_leaves_max_pending_to_what_comes_
 
 
 @pytest.mark.anyio
+async def test_what_was_adopted_and_not_begun_is_anothers_when_the_lifespan_is_over(left):
+    with closing(sqlite3.connect(left[0] / "outbox.db")) as db, db:
+        for _ in range(8):
+            db.execute("INSERT INTO pending (worker, line) SELECT worker, line FROM pending")
+    gate, first, second = anyio.Event(), [], []
+
+    async def notify(notification):
+        first.append(notification)
+        await gate.wait()
+
+    app = create_app(notify, outbox=left[0])
+    async with lifespan(app):
+        await soon(lambda: len(first) == 500)
+        gate.set()
+    async with lifespan(create_app(second.append, outbox=left[0])):
+        await soon(lambda: len(first) + len(second) == 3 * 2**8)
+    assert len(second) == 3 * 2**8 - 500
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("file", ["log.txt", "log.txt.1"])
 async def test_a_line_written_before_the_crash_is_not_written_again(left, tmp_path, file):
     outbox, accepted = left
