@@ -1404,6 +1404,7 @@ async def test_what_was_adopted_and_not_begun_is_anothers_when_the_lifespan_is_o
 
     app = create_app(notify, outbox=left[0])
     async with lifespan(app):
+        await soon(lambda: _is(health(app), {"status": "ok", "pending": 3 * 2**8, "failed": 0}))
         await soon(lambda: len(first) == 500)
         gate.set()
     async with lifespan(create_app(second.append, outbox=left[0])):
