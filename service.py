@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import io
 import json
 import logging
 import math
@@ -55,7 +56,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("notify")
 
@@ -161,7 +161,9 @@ class _Api:
 
     async def send_notification(self, request: Request) -> Response:
         if self._token is not None:
-            _authorize(request.headers.get("authorization", ""), self._token)
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), self._token.encode()):
+                raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
         email = request.path_params["email"].removesuffix("/")
         if len(email) > 254 or not _is_email(email):
             raise HTTPException(422, "Name one whole e-mail address in the path, such as user@example.com.")
@@ -171,7 +173,7 @@ class _Api:
         entry = await self._outbox.accept(email, await _read_message(request), key)
         content = {"id": entry.id, "message": "Notification sent in the background"}
         headers = None if entry.seq else {"Idempotent-Replayed": "true"}
-        return _Answer(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
+        return JSONResponse(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
 
     async def health(self, request: Request) -> Response:
         error = await self._outbox.probe()
@@ -179,10 +181,10 @@ class _Api:
         status = f"the outbox cannot be written: {error}" if error else "ok"
         content = {"status": status, "pending": pending, "failed": failed}
         code, headers = (503, _RETRY) if error else (200, None)
-        return _Answer(content, code, headers, background=BackgroundTask(self._relay.catch_up))
+        return JSONResponse(content, code, headers, background=BackgroundTask(self._relay.catch_up))
 
     async def openapi(self, request: Request) -> Response:
-        return _Answer({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
+        return JSONResponse({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
 
     async def refuse(self, request: Request, exc: Exception) -> Response:
         """The answer to what cannot be kept; the framework logs what is no HTTPException."""
@@ -190,43 +192,13 @@ class _Api:
             return Response(status_code=400)  # nobody is there to read it
         status, headers = (exc.status_code, exc.headers) if isinstance(exc, HTTPException) else (500, None)
         detail = _DETAILS.get(status) or getattr(exc, "detail", "")
-        return _Answer({"detail": detail}, status, headers, background=BackgroundTask(self._relay.catch_up))
-
-
-class _Answer(JSONResponse):
-    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # Starlette's makes one for each
-
-    def render(self, content: Any) -> bytes:
-        return self.encode(content).encode()
-
-
-class _Route(Route):
-    """Matches the whole path, but for one slash at its end: Starlette's own lets a last newline fall off."""
-
-    def __init__(self, path: str, endpoint: Callable[[Request], Any], method: str) -> None:
-        super().__init__(path, endpoint, methods=[method])
-        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            response = await endpoint(Request(scope, receive, send))
-            await response(scope, receive, send)
-
-        self.app = app  # Starlette's own looks for exception handlers, as the app does already
-
-
-def _authorize(authorization: str, token: str) -> None:
-    scheme, _, given = authorization.partition(" ")
-    if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode("latin-1"), token.encode()):
-        raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
+        return JSONResponse({"detail": detail}, status, headers, background=BackgroundTask(self._relay.catch_up))
 
 
 async def _read_message(request: Request) -> str:
-    body, more = b"", True
-    while more:
-        event = await request.receive()
-        if event["type"] == "http.disconnect":
-            raise ClientDisconnect
-        body, more = body + event.get("body", b""), event.get("more_body", False)
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
         if len(body) > _MAX_BODY:
             raise HTTPException(413)
     if not body:
@@ -245,51 +217,65 @@ async def _read_message(request: Request) -> str:
     return message
 
 
+def _route(path: str, endpoint: Callable[[Request], Any], method: str) -> Route:
+    """Of the whole path, but for one slash at its end: Starlette's own lets a last newline fall off."""
+    route = Route(path, endpoint, methods=[method])
+    route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
+    return route
+
+
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def _answer(description: str, schema: dict[str, Any], *headers: str) -> dict[str, Any]:
     content = {"application/json": {"schema": schema}}
-    return {"description": description, "content": content, "headers": {name: {"schema": _STRING} for name in headers}}
+    return {"description": description, "content": content, "headers": {name: {"schema": _TEXT} for name in headers}}
 
 
-def _operation(summary: str, answers: dict[str, Any], *refused: int, **more: Any) -> dict[str, Any]:
-    headers = {401: ["WWW-Authenticate"], 405: ["Allow"], 503: ["Retry-After"]}
-    for code in refused:
-        sentence = _DETAILS.get(code) or HTTPStatus(code).phrase
-        answers[str(code)] = _answer(sentence, _object(detail=_STRING), *headers.get(code, []))
-    return {"summary": summary, "responses": answers, **more}
-
-
-_STRING = {"type": "string"}
+_TEXT = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
-_BODY = _object(message=_STRING | {"maxLength": 10_000, "default": _MESSAGE}) | {"required": []}
-_ADDRESS = _STRING | {"pattern": f"^{_EMAIL}$", "maxLength": 254}
-_KEY = _STRING | {"pattern": "^[ -~]+$", "minLength": 1, "maxLength": 255}
-_KEPT = _answer("It is kept.", _object(id=_STRING, message=_STRING), "Idempotent-Replayed")
-_STATE = _object(status=_STRING, pending=_COUNT, failed=_COUNT)
-_HEALTH = {"200": _answer("They can.", _STATE), "503": _answer("They cannot.", _STATE, "Retry-After")}
-_DOCUMENT = {"200": _answer("OpenAPI 3.1.", {"type": "object"})}
-_SEND_NOTIFICATION = _operation(
-    "Keep a notification, answer, and deliver it afterwards.",
-    {"202": _KEPT},
-    *(400, 401, 404, 405, 413, 415, 422, 500, 503),
-    security=[{}, {"token": []}],
-    parameters=[
-        {"name": "email", "in": "path", "required": True, "schema": _ADDRESS},
-        {"name": "Idempotency-Key", "in": "header", "schema": _KEY},
-    ],
-    requestBody={"content": {"application/json": {"schema": _BODY}}},
-)
-_GET_HEALTH = _operation("Whether notifications can be kept, and how many wait.", _HEALTH, 404, 405, 500)
+_ADDRESS = _TEXT | {"pattern": f"^{_EMAIL}$", "maxLength": 254}
+_KEY = _TEXT | {"pattern": "^[ -~]+$", "minLength": 1, "maxLength": 255}
+_BODY = _object(message=_TEXT | {"maxLength": 10_000, "default": _MESSAGE}) | {"required": []}
+_STATE = _object(status=_TEXT, pending=_COUNT, failed=_COUNT)
+_REFUSED_WITH = {401: ["WWW-Authenticate"], 405: ["Allow"], 503: ["Retry-After"]}
+_REFUSED = {
+    str(code): _answer(
+        _DETAILS.get(code) or HTTPStatus(code).phrase, _object(detail=_TEXT), *_REFUSED_WITH.get(code, [])
+    )
+    for code in (400, 401, 404, 405, 413, 415, 422, 500, 503)
+}
+_REFUSED_ANYWHERE = {code: _REFUSED[code] for code in ("404", "405", "500")}
+_GET_HEALTH = {
+    "summary": "Whether notifications can be kept, and how many wait.",
+    "responses": {"200": _answer("They can.", _STATE), "503": _answer("They cannot.", _STATE, "Retry-After")}
+    | _REFUSED_ANYWHERE,
+}
 _OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",
     "info": {"title": "Notify", "version": "1.0.0", "description": "Answers first, notifies after: 202 means kept."},
     "paths": {
-        "/send-notification/{email}": {"post": _SEND_NOTIFICATION},
+        "/send-notification/{email}": {
+            "post": {
+                "summary": "Keep a notification, answer, and deliver it afterwards.",
+                "security": [{}, {"token": []}],
+                "parameters": [
+                    {"name": "email", "in": "path", "required": True, "schema": _ADDRESS},
+                    {"name": "Idempotency-Key", "in": "header", "schema": _KEY},
+                ],
+                "requestBody": {"content": {"application/json": {"schema": _BODY}}},
+                "responses": _REFUSED
+                | {"202": _answer("It is kept.", _object(id=_TEXT, message=_TEXT), "Idempotent-Replayed")},
+            },
+        },
         "/health": {"get": _GET_HEALTH, "head": _GET_HEALTH},
-        "/openapi.json": {"get": _operation("This document.", _DOCUMENT, 404, 405, 500)},
+        "/openapi.json": {
+            "get": {
+                "summary": "This document.",
+                "responses": _REFUSED_ANYWHERE | {"200": _answer("OpenAPI 3.1.", {"type": "object"})},
+            }
+        },
     },
     "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
 }
@@ -301,76 +287,67 @@ _OPENAPI: dict[str, Any] = {
 #
 # Plan: `run` adds the entry to a list, and waits for an event that it shares with all who wait on the same loop. When
 # the loop has done its turn, a thread takes the list, handles it, and has each loop set its event. What comes
-# meanwhile gathers for the next round, so that rounds grow with the load. The thread starts with the first entry, and
-# ends soon after the last. An entry is handled even if the one who waited for it was cancelled.
+# meanwhile gathers for the next round, so that rounds grow with the load. When nothing has come for a while, the
+# thread handles an empty list if it was woken, as something was put off, and ends. An entry is handled even if the one
+# who waited for it was cancelled.
 
-_LINGER = 0.05  # seconds that a thread waits for more, and what is put for company
+_LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
 
 
 class _Group:
     """One thread that takes all there is, or up to so many of which each takes one."""
 
-    def __init__(self, handle: Callable[[list[_Entry]], None], threads: int | None = None) -> None:
+    def __init__(self, handle: Callable[[list[_Entry]], None], threads: int = 0) -> None:
         self._handle, self._most = handle, threads
-        self._entries: list[tuple[_Entry, Any, anyio.Event]] = []
-        self._put: list[_Entry] = []
+        self._entries: list[tuple[_Entry, anyio.Event, Any]] = []
         self._rounds: dict[Any, anyio.Event] = {}  # what the next round sets, for each loop
-        self._changed = threading.Condition()  # reentrant, as the collection of a dropped task may put
+        self._changed = threading.Condition()
         self._threads = self._idle = 0
+        self._woken = False
 
     async def run(self, entry: _Entry) -> None:
         """Return when the entry was handled."""
-        try:
-            loop: Any = asyncio.get_running_loop()
-            call_soon, call_soon_threadsafe = loop.call_soon, loop.call_soon_threadsafe
-        except RuntimeError:  # on trio; AnyIO's own way in from a thread waits until it was called
-            loop = anyio.lowlevel.current_token().native_token
-            call_soon = call_soon_threadsafe = loop.run_sync_soon
+        loop: Any = anyio.lowlevel.current_token().native_token
+        call_soon = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon  # asyncio's, or trio's
         with self._changed:
             if loop not in self._rounds or self._most or not self._threads:
                 self._rounds[loop] = anyio.Event()
-                call_soon(self._wake)
+                call_soon(self.wake)
             done = self._rounds[loop]
-            self._entries.append((entry, call_soon_threadsafe, done))
+            self._entries.append((entry, done, call_soon))
         await done.wait()
 
-    def put(self, entries: list[_Entry]) -> None:
-        """Have the entries handled soon, with others if there are any; from any thread."""
+    def wake(self) -> None:
+        """Have a thread look for entries, and if there are none, for what was put off; from any thread."""
         with self._changed:
-            self._put += entries
-            if not self._threads:
-                self._wake()
-
-    def _wake(self) -> None:
-        with self._changed:
+            self._woken = True
             self._changed.notify()
-            if self._threads < (self._most or 1) and (not self._threads or len(self._entries) > self._idle):
+            if self._threads < max(1, self._most) and (not self._threads or len(self._entries) > self._idle):
                 threading.Thread(target=self._work, name="notify", daemon=True).start()
                 self._threads += 1
 
     def _work(self) -> None:
-        while taken := self._take():
-            entries, waiting = taken
+        while (taken := self._take()) is not None:
             try:
-                self._handle(entries)
+                self._handle([entry for entry, *_ in taken])
             except Exception:
                 log.exception("this should not happen, and is a bug of the service")
-            for done, call_soon in waiting.items():
+            for done, call_soon in {done: call_soon for _, done, call_soon in taken}.items():
                 with suppress(RuntimeError):  # the loop is closed, and nobody waits
                     call_soon(done.set)
 
-    def _take(self) -> tuple[list[_Entry], dict[anyio.Event, Any]] | None:
+    def _take(self) -> list[tuple[_Entry, anyio.Event, Any]] | None:
         with self._changed:
             self._idle += 1
             self._changed.wait_for(lambda: self._entries, _LINGER)
             self._idle -= 1
-            if not self._entries and not self._put:
+            if not self._entries and not self._woken:
                 self._threads -= 1
                 return None
+            self._woken, self._rounds = False, {}
             most = 1 if self._most else len(self._entries)
             taken, self._entries = self._entries[:most], self._entries[most:]
-            entries, self._put, self._rounds = [entry for entry, *_ in taken] + self._put, [], {}
-            return entries, {done: call_soon for _, call_soon, done in taken}
+            return taken
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
@@ -393,17 +370,16 @@ PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
 _OWNERS = "SELECT DISTINCT worker FROM pending"
-_IDS = "SELECT substr(line, 26, 32), seq FROM pending WHERE worker = ?"
-_LOAD = "SELECT line, seq FROM pending WHERE worker = ? AND seq > ? ORDER BY seq LIMIT ?"
+_LEFT = "SELECT line, seq FROM pending WHERE worker = ? ORDER BY seq"
 _FORGET_KEYS = "DELETE FROM keys WHERE at < ?"
-_KEEP_KEYS = "INSERT INTO keys SELECT value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)"
+_KEEP_KEYS = "INSERT OR IGNORE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
 _FIND_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value FROM json_each(?))"
 _PROBE = "PRAGMA user_version = 1"  # writes a page
 _NO_JOURNAL = "journal_mode = OFF"  # of a lock, as there is nothing to roll back
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
-_MOST_ADOPTED = 10_000  # notifications in memory that came from the dead
+_MOST_ADOPTED = 10_000  # notifications of the dead in memory; past it, no more of the dead are looked for
 
 
 @dataclass(slots=True, eq=False)
@@ -411,8 +387,9 @@ class _Entry:
     """A notification on its way."""
 
     line: str
+    key: str | None = None
+    digest: str = ""  # of what came with the key
     seq: int = 0  # in the outbox; 0: it is not there
-    key: tuple[str, str] | None = None  # and the digest of what came with it
     id: str = ""  # its own, or that of the one that came before with its key; "": it is not kept
     error: Exception | None = None
     since: float | None = None  # when it failed first, on the monotonic clock
@@ -432,7 +409,7 @@ class _Outbox:
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._delivered: list[int] = []  # and not deleted yet
-        self._left: dict[str, tuple[sqlite3.Connection, int]] = {}  # by the dead: their locks, and how far we loaded
+        self._left: dict[str, sqlite3.Connection] = {}  # the locks of the dead whose work is ours
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
@@ -441,9 +418,8 @@ class _Outbox:
 
     async def accept(self, email: str, message: str, key: str | None) -> _Entry:
         """Keep a notification, or raise the HTTPException that says why not."""
-        entry = _Entry(_write_line(email, message))
-        if key is not None:
-            entry.key = key, hashlib.sha256(f"{email}\n{message}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest() if key else ""
+        entry = _Entry(_write_line(email, message), key, digest)
         await self._writer.run(entry)
         if not entry.id:
             failed = HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
@@ -476,7 +452,7 @@ class _Outbox:
         """Count these as delivered, and delete them with the next commit."""
         self._delivered += [entry.seq for entry in entries]
         self.settle(entries)
-        self._writer.put([_Entry("")])
+        self._writer.wake()
 
     def _write(self, new: list[_Entry]) -> None:
         try:
@@ -485,7 +461,7 @@ class _Outbox:
         except Exception as exc:  # whatever it is, there is no id, and so no 202
             for entry in new:
                 entry.id, entry.error = "", exc
-            self._warn("the outbox cannot be written, and answers are 503: %s", _reason(exc))
+            self._warn("the outbox cannot be written, and answers are 503", exc)
 
     def _commit(self, new: list[_Entry]) -> None:
         delivered = self._delivered.copy()
@@ -507,23 +483,23 @@ class _Outbox:
         room = self._max_pending - len(self.pending) + len(self._adopted)
         fresh: list[_Entry] = []
         keys: dict[str | None, tuple[str, str]] = {}
-        if asked := [entry.key[0] for entry in new if entry.key]:
+        if asked := [entry.key for entry in new if entry.key]:
             db.execute(_FORGET_KEYS, (time.time() - _DAY,))
             keys = {key: (id, digest) for key, id, digest in db.execute(_FIND_KEYS, (json.dumps(asked),))}
         for entry in new:
-            key, digest = entry.key or (None, "")
-            if key in keys and keys[key][1] != digest:
+            id, digest = keys.get(entry.key, ("", entry.digest))
+            if digest != entry.digest:
                 entry.error = HTTPException(422, "Use another Idempotency-Key: this one came with other content.")
-            elif key in keys:
-                entry.id = keys[key][0]
+            elif id:
+                entry.id = id
             elif len(fresh) >= room:
                 entry.error = HTTPException(503, "Too many notifications are pending: try again later.", _RETRY)
             else:
                 fresh.append(entry)
-                if key is not None:
-                    keys[key] = entry.line[_ID], digest
-        if kept := [(entry.key[0], entry.line[_ID], entry.key[1]) for entry in fresh if entry.key]:
-            db.execute(_KEEP_KEYS, (time.time(), json.dumps(kept)))
+                if entry.key:
+                    keys[entry.key] = entry.line[_ID], digest
+        if keys:
+            db.execute(_KEEP_KEYS, (time.time(), json.dumps(keys)))
         return fresh
 
     def open(self) -> sqlite3.Connection:
@@ -569,76 +545,56 @@ class _Outbox:
         return self._folder / name if self._folder else self._path
 
     def close(self) -> None:
-        """Let go of the outbox, unless something is under way, which ends with the process."""
-        with self._lock, self._adopting:
-            with self._taking:
-                if not self._folder or self._delivered or not all(map(self._rests, list(self.pending.values()))):
-                    return
-                opened, self._db = self._opened.pop_all(), None
+        """Let go of the outbox, unless something is in hand or undeleted, which ends with the process."""
+        with self._lock, self._adopting, self._taking:
+            if self._folder and not self._delivered and len(self.waiting) == len(self.pending):
+                self._opened.pop_all().close()
+                self._db = None
                 self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), {}
-            opened.close()
 
-    def _rests(self, entry: _Entry) -> bool:
-        """Whether nobody has the entry in hand, and no request's task will come for it."""
-        return entry.seq in self.waiting and (entry.since is not None or entry.seq in self._adopted)
-
-    def adopt(self, limit: int, find_delivered: Callable[[set[str]], set[str]]) -> bool:
-        """Take over up to so many of what the dead left; whether there may be more. On a thread of its own."""
+    def adopt(self, find_delivered: Callable[[set[str]], set[str]]) -> None:
+        """Take over what the dead left. On a thread of its own."""
         self.open()
         if self._delivered:
-            self._writer.put([_Entry("")])  # so that it tries again
+            self._writer.wake()  # so that it tries again
         if not self._folder:
-            return False
+            return
         with self._adopting, self._connected() as db:
-            self._tidy(db)
-            owners = {owner for (owner,) in db.execute(_OWNERS)}
-            locks = {path.stem for path in self._folder.glob("*.lock")}
-            self._inherit(db, (owners | locks) - self._left.keys() - {self._worker, "outbox", "log"}, find_delivered)
-            more = self._load(db, max(0, min(limit, _MOST_ADOPTED - len(self._adopted))))
-            for owner in self._left.keys() - owners:
-                self._bury(owner)
-        return more
-
-    def _tidy(self, db: sqlite3.Connection) -> None:
-        with suppress(sqlite3.OperationalError):  # as on a full disk, which holds up no adoption
-            if os.path.getsize(self._wal):
+            with suppress(sqlite3.OperationalError):  # as on a full disk, which holds up no adoption
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            with _transaction(db):
                 db.execute(_FORGET_KEYS, (time.time() - _DAY,))
+            owners = {owner for (owner,) in db.execute(_OWNERS)}
+            for owner in self._left.keys() - owners:
+                self._left.pop(owner).close()
+                with suppress(OSError):
+                    self._in_folder(f"{owner}.lock").unlink()
+            owners |= {path.stem for path in self._folder.glob("*.lock")}
+            self._inherit(db, owners - self._left.keys() - {self._worker, "outbox", "log"}, find_delivered)
 
     def _inherit(
         self, db: sqlite3.Connection, owners: set[str], find_delivered: Callable[[set[str]], set[str]]
     ) -> None:
         """Hold the locks of those that are dead: what they left is ours, but for what the log has already."""
+        locks: dict[str, sqlite3.Connection] = {}
+        left: list[_Entry] = []
         with ExitStack() as dead:
-            locks: dict[str, sqlite3.Connection] = {}
-            for owner in owners:
-                # Who cannot be locked lives. Under one more lock, as two that try one at the same time can both fail.
-                with suppress(sqlite3.OperationalError), _locked(self._in_folder("outbox.lock")):
-                    locks[owner] = dead.enter_context(_locked(self._in_folder(f"{owner}.lock"), wait=0))
-            left = {id: seq for owner in locks for id, seq in db.execute(_IDS, (owner,))}
-            if delivered := [left[id] for id in find_delivered(set(left))] if left else []:
-                with _transaction(db):
-                    db.execute(_DELETE, (json.dumps(delivered),))
-            self._left.update((owner, (lock, 0)) for owner, lock in locks.items())
+            with _locked(self._in_folder("outbox.lock")):  # as two that try one's lock at the same time can both fail
+                for owner in owners:
+                    if len(self._adopted) + len(left) >= _MOST_ADOPTED:
+                        break
+                    try:
+                        locks[owner] = dead.enter_context(_locked(self._in_folder(f"{owner}.lock"), wait=0))
+                    except sqlite3.OperationalError:
+                        continue  # it lives
+                    left += [_Entry(line, seq=seq) for line, seq in db.execute(_LEFT, (owner,))]
+            delivered = find_delivered({entry.line[_ID] for entry in left}) if left else set()
+            self._left.update(locks)
             self._opened.push(dead.pop_all())
-
-    def _load(self, db: sqlite3.Connection, limit: int) -> bool:
-        room = limit
-        for owner, (lock, last) in list(self._left.items()):
-            rows = db.execute(_LOAD, (owner, last, room)).fetchall()
-            room -= len(rows)
-            for line, seq in rows:
-                self._adopted.add(seq)
-                self.pending[seq] = self.waiting[seq] = _Entry(line, seq)
-                self._left[owner] = lock, seq
-        return room == 0 < limit
-
-    def _bury(self, owner: str) -> None:
-        lock, _ = self._left.pop(owner)
-        lock.close()
-        with suppress(OSError):
-            self._in_folder(f"{owner}.lock").unlink()
+        self.delete([entry for entry in left if entry.line[_ID] in delivered])
+        for entry in left:
+            if entry.line[_ID] not in delivered:
+                self._adopted.add(entry.seq)
+                self.pending[entry.seq] = self.waiting[entry.seq] = entry
 
     @contextmanager
     def log_locked(self) -> Iterator[None]:
@@ -656,9 +612,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     while not db.in_transaction:
         try:
             db.execute("BEGIN IMMEDIATE")
-        except (
-            sqlite3.OperationalError
-        ) as exc:  # again and again: SQLite's own pauses grow, and the oldest would starve
+        except sqlite3.OperationalError as exc:  # SQLite's own pauses grow, and who waits longest would starve
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
     with db:
@@ -688,7 +642,7 @@ def _is_new(path: Path) -> bool:
     wal = Path(f"{path}-wal")
     size = path.stat().st_size if path.exists() else 0
     changes = wal.read_bytes() if wal.exists() else b""
-    if changes.strip(b"\0") and not _is_wal_header(changes[:32]):
+    if any(changes) and not _is_wal_header(changes[:32].ljust(32)):
         raise OSError(f"{wal.name} is damaged")
     if size < 512 and (size or changes):  # SQLite would take it for new, and remove its log
         raise OSError(f"{path.name} is damaged")
@@ -696,24 +650,21 @@ def _is_new(path: Path) -> bool:
         return True
     mode = "mode=ro" if wal.exists() else "mode=ro&immutable=1"
     with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", timeout=_LOCK_WAIT, uri=True)) as db:
-        [verdict] = db.execute("PRAGMA quick_check(1)").fetchone()
-        [application] = db.execute("PRAGMA application_id").fetchone()
-        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
-    is_ours = application == _APPLICATION_ID and tables >= {"pending", "keys"}
-    if verdict != "ok" or not (is_ours or (application in (0, _APPLICATION_ID) and not tables)):
+        [[verdict]] = db.execute("PRAGMA quick_check(1)")
+        [[application]] = db.execute("PRAGMA application_id")
+        [[tables]] = db.execute("SELECT count(*) FROM sqlite_schema")
+    if verdict != "ok" or (application != _APPLICATION_ID and (application or tables)):
         raise OSError("it is another program's" if verdict == "ok" else verdict)
     return not tables  # as when the disk was full, or the process killed, while it was made
 
 
 def _is_wal_header(header: bytes) -> bool:
     """https://www.sqlite.org/fileformat2.html#the_write_ahead_log"""
-    if len(header) < 32 or header[:4] not in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
-        return False
     a = b = 0
     for x, y in struct.iter_unpack(">II" if header[3] & 1 else "<II", header[:24]):
         a = (a + x + b) % 2**32
         b = (b + y + a) % 2**32
-    return struct.pack(">II", a, b) == header[24:]
+    return header[:3] == b"\x37\x7f\x06" and header[24:] == struct.pack(">II", a, b)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -740,35 +691,27 @@ class _Relay:
     def __init__(
         self, outbox: _Outbox, notify: Callable[..., Any] | None, file: _LogFile, delay: float, threads: int
     ) -> None:
-        self._outbox, self._log_file = outbox, file
-        self._notify: Any = notify
         own = notify is not None
+        self._outbox, self._file, self._delay = outbox, file, 0.0 if own else delay
+        self._notify: Any = notify
         self._is_async = notify is not None and BackgroundTask(notify).is_async
         self._group = _Group(self._call, threads) if own else _Group(self._append)
-        self._delay = 0.0 if own else delay
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
         self._find_delivered = set[str]().intersection if own else file.find  # one's own can tell by the id
         self._warn = _Warnings(50 if own else 1)
-        self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its look for what is due
+        self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
         self._first: set[_Entry] = set()  # in the hands of requests' tasks
         self._again: set[_Entry] = set()  # in ours
         self._most = max(_IN_HAND, threads)  # of each
         self._written: list[_Entry] = []  # to the log, but perhaps not to the disk
-        self._synced = 0.0
-        self._next = self._next_look = 0.0  # when there is something to do, on the monotonic clock
-        self._behind = False
+        self._synced = self._next = self._next_look = 0.0  # on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
         if self._lifespans and len(self._first) >= self._most:
             entry.due = time.monotonic() + self._delay
-        elif self._outbox.take(entry):
-            self._first.add(entry)
-            try:
-                if not await self._attempt(entry, self._delay):
-                    return
-            finally:
-                self._first.discard(entry)
+        elif not await self._attempt(entry, self._first, self._delay):
+            return
         await self.catch_up()
 
     async def catch_up(self) -> None:
@@ -781,67 +724,57 @@ class _Relay:
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
         await _in_thread(self._outbox.open)
-        error, looking = None, anyio.CancelScope()
-        self._lifespans.add(looking)
+        error, clock = None, anyio.CancelScope()
+        self._lifespans.add(clock)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._run, tasks, looking)
+            tasks.start_soon(self._run, clock, tasks)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
                 error = exc
             finally:
-                self._lifespans.discard(looking)
-                looking.cancel()
+                self._lifespans.discard(clock)
+                clock.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
+                log.info("the relay has %d in hand, and ends", len(self._again))
         with anyio.move_on_after(_LOOK), suppress(OSError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry(""))  # which syncs
             await self._outbox.probe()
             if not self._lifespans:
                 await _in_thread(self._outbox.close)
+                self._next_look = 0.0
         if error:
             raise error
 
-    async def _run(self, tasks: TaskGroup, scope: anyio.CancelScope) -> None:
-        with scope:
+    async def _run(self, clock: anyio.CancelScope, tasks: TaskGroup) -> None:
+        with clock:
             while True:
                 await self._step(tasks)
                 await anyio.sleep(_POLL if self._outbox.pending else 1)
 
     async def _step(self, tasks: TaskGroup) -> None:
         """Adopt what the dead left, and start to deliver what is due."""
+        self._next = time.monotonic() + _POLL
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK
+            try:
+                await _in_thread(partial(self._outbox.adopt, self._find_delivered))
+            except Exception as exc:
+                self._warn("what is left in the outbox has to wait", exc)
         now = time.monotonic()
-        self._next = now + _POLL
-        if now >= self._next_look:
-            await self._look(now)
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
         room = max(0, self._most - len(self._again))
         for entry in due[:room]:
-            tasks.start_soon(self._deliver_again, entry)
-        self._behind = len(due) > room
-        if self._behind or not self._next_look:
-            self._next = 0.0
+            tasks.start_soon(self._attempt, entry, self._again)
+        if len(due) > room:
+            self._next = now
 
-    async def _look(self, now: float) -> None:
-        self._next_look = now + _LOOK
-        adopt = partial(self._outbox.adopt, 0 if self._behind else _IN_HAND, self._find_delivered)
-        try:
-            if await _in_thread(adopt) and not self._behind:
-                self._next_look = 0.0
-        except Exception as exc:
-            self._warn("what is left in the outbox has to wait: %s", _reason(exc))
-
-    async def _deliver_again(self, entry: _Entry) -> None:
-        if self._outbox.take(entry):  # here, as a task that is cancelled before it begins would keep it for ever
-            self._again.add(entry)
-            try:
-                with suppress(anyio.get_cancelled_exc_class()):
-                    await self._attempt(entry)
-            finally:
-                self._again.discard(entry)
-
-    async def _attempt(self, entry: _Entry, delay: float = 0.0) -> bool:
-        """Call the notifier; False if the task is being closed, and must not wait for anything."""
+    async def _attempt(self, entry: _Entry, hands: set[_Entry], delay: float = 0.0) -> bool:
+        """Deliver what nobody has in hand; False if the task is being closed, and must not wait for anything."""
+        if not self._outbox.take(entry):
+            return True
+        hands.add(entry)
         try:
             if delay:
                 await anyio.sleep(delay)
@@ -849,67 +782,61 @@ class _Relay:
                 await self._notify(_read_line(entry.line))
         except BaseException as exc:
             self._fail([entry], exc)
-            if isinstance(exc, GeneratorExit):
-                return False
-            if _ends_task(exc):
+            if hands is self._first and _ends_task(exc):
                 raise
+            return not isinstance(exc, GeneratorExit)
         else:
             if self._is_async:
                 self._outbox.delete([entry])
             else:
                 await self._group.run(entry)
-        return True
+            return True
+        finally:
+            hands.discard(entry)
 
     def _call(self, entries: list[_Entry]) -> None:
-        try:
-            result = self._notify(_read_line(entries[0].line))
-            if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
-                raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
-        except BaseException as exc:
-            self._fail(entries, exc)
-        else:
-            self._outbox.delete(entries)
+        for entry in entries:
+            try:
+                result = self._notify(_read_line(entry.line))
+                if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+                    raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
+            except BaseException as exc:
+                self._fail([entry], exc)
+            else:
+                self._outbox.delete([entry])
 
     def _append(self, entries: list[_Entry]) -> None:
         """Append what is new. What was appended is deleted when it is on the disk, which takes one sync for many."""
         new = [entry for entry in entries if entry.line]
         try:
-            if new:
-                self._log_file.append([entry.line for entry in new])
+            self._file.append([entry.line for entry in new])
         except BaseException as exc:
             self._fail(new, exc)
         else:
             self._outbox.settle(new)
             self._written += new
         if new and time.monotonic() < self._synced + _LINGER:
-            self._group.put([_Entry("")])  # comes back when nothing else has
-        elif self._written:
-            self._confirm()
-
-    def _confirm(self) -> None:
-        written, self._written = self._written, []
+            return self._group.wake()
+        written, self._written, self._synced = self._written, [], time.monotonic()
         try:
-            self._log_file.sync()
-            self._outbox.delete(written)
+            self._file.sync()
         except OSError as exc:  # to try again would prove nothing: the next start searches the log
             self._fail(written, exc, give_up=0)
-        self._synced = time.monotonic()
+        else:
+            self._outbox.delete(written)
 
     def _fail(self, entries: list[_Entry], error: BaseException, give_up: float = math.inf) -> None:
         """Have the entries wait as long as they have failed so far, so that pauses double."""
-        now, first = time.monotonic(), [entry for entry in entries if entry.since is None]
+        now = time.monotonic()
         for entry in entries:
-            entry.since = entry.since or now
+            is_first, entry.since = entry.since is None, entry.since or now
             pause = min(self._wait_max, self._wait_initial + now - entry.since) * random.uniform(0.75, 1)
             entry.due = now + pause if now - entry.since < min(give_up, self._give_up) else math.inf
             self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry
-        self._tell("wait for the next start", [entry for entry in entries if entry.due == math.inf], error)
-        self._tell("are tried again", [entry for entry in first if entry.due < math.inf], error)
-
-    def _tell(self, what: str, entries: list[_Entry], error: BaseException) -> None:
-        if entries:
-            which = entries[0].line[_ID], len(entries) - 1
-            self._warn("notification %s and %d more failed, and %s: %s", *which, what, _reason(error))
+            if entry.due == math.inf:
+                self._warn("notification %s failed, and waits for the next start", error, entry.line[_ID])
+            elif is_first:
+                self._warn("notification %s failed, and is tried again", error, entry.line[_ID])
 
 
 def _ends_task(error: BaseException) -> bool:
@@ -920,21 +847,17 @@ def _ends_task(error: BaseException) -> bool:
     return task is None or task.cancelling() > 0
 
 
-def _reason(error: BaseException) -> str:
-    """In one line, of no great length, whatever the error does when it is printed."""
-    return repr("".join(format_exception_only(error)).strip())[:500]
-
-
 class _Warnings:
     """Warns, but only so many times a minute."""
 
     def __init__(self, most: int) -> None:
         self._recent: deque[float] = deque([-math.inf] * most, maxlen=most)
 
-    def __call__(self, message: str, *args: object) -> None:
+    def __call__(self, message: str, error: BaseException, *args: object) -> None:
         if self._recent[0] < time.monotonic() - 60:
             self._recent.append(time.monotonic())
-            log.warning(message, *args)
+            reason = "".join(format_exception_only(error)).strip()  # whatever the error does when it is printed
+            log.warning(f"{message}: %.500r", *args, reason)
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
@@ -949,56 +872,56 @@ class _LogFile:
 
     def __init__(self, path: str | Path, fsync: bool, outbox: _Outbox) -> None:
         self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
-        self._file = -1  # open from a line to the next sync
+        self._file: io.FileIO | None = None  # open from a line to the next sync
         self._known = 0, 0  # its inode, and the size that we left
-        self._is_made = False  # since the last sync
 
     def append(self, lines: list[str]) -> None:
         """Append the lines, all or none; raises OSError."""
         data = "".join(f"{line}\n" for line in lines).encode()
+        if not data:
+            return
         with self._outbox.log_locked():
-            state = self._open()
+            file = self._open()
+            state = os.fstat(file.fileno())
             is_regular, end = stat.S_ISREG(state.st_mode), state.st_size
             if is_regular and end and (state.st_ino, end) != self._known:
-                with mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) as content:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     end = content.rfind(b"\n") + 1  # after the last whole line, as a crash may have torn one
-                os.ftruncate(self._file, end)
-            self._known, self._is_made = (state.st_ino, end + len(data)), self._is_made or not end
+                file.truncate(end)
+            if is_regular and not end:
+                _sync_folder(self._path.parent)
+            self._known = state.st_ino, end + len(data)
             try:
                 while data:
-                    data = data[os.write(self._file, data) :]
+                    data = data[file.write(data) :]
             except OSError as exc:
                 exc.filename = os.fspath(self._path)
                 if is_regular:
-                    os.ftruncate(self._file, end)
+                    file.truncate(end)
                 raise
 
-    def _open(self) -> os.stat_result:
-        mode = os.O_RDWR
+    def _open(self) -> io.FileIO:
         with suppress(FileNotFoundError):
-            state = os.stat(self._path)
-            if self._file >= 0 and state.st_ino == self._known[0]:
-                return state
-            if not stat.S_ISREG(state.st_mode):  # a FIFO shall not be its own reader, nor wait for one
-                mode = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
+            if self._file and os.stat(self._path).st_ino == self._known[0]:
+                return self._file
         self.sync()
-        self._file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        if mode != os.O_RDWR:
-            os.set_blocking(self._file, True)
-        return os.fstat(self._file)
+        is_other = (
+            self._path.exists() and not self._path.is_file()
+        )  # a FIFO shall not be its own reader, nor wait for one
+        mode = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) if is_other else os.O_RDWR
+        file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT, 0o600)
+        if is_other:
+            os.set_blocking(file, True)
+        self._file = io.FileIO(file, "a")
+        return self._file
 
     def sync(self) -> None:
         """Have what was appended on the disk; raises OSError."""
-        if self._file >= 0:
-            file, self._file = self._file, -1
-            try:
-                if self._fsync and stat.S_ISREG(os.fstat(file).st_mode):
-                    os.fsync(file)
-                    if self._is_made:
-                        _sync_folder(self._path.parent)
-                self._is_made = False
-            finally:
-                os.close(file)
+        if self._file:
+            with self._file as file:
+                self._file = None
+                if self._fsync and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    os.fsync(file.fileno())
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
@@ -1054,8 +977,8 @@ def create_app(
     box = _Outbox(outbox, max_pending, fsync)
     relay = _Relay(box, notify, _LogFile(log, fsync, box), delay, concurrency)
     api = _Api(box, relay, token)
-    send = _Route("/send-notification/{email:path}", api.send_notification, "POST")
-    routes = [send, _Route("/health", api.health, "GET"), _Route("/openapi.json", api.openapi, "GET")]
+    send = _route("/send-notification/{email:path}", api.send_notification, "POST")
+    routes = [send, _route("/health", api.health, "GET"), _route("/openapi.json", api.openapi, "GET")]
     handlers = dict.fromkeys([HTTPException, ClientDisconnect, Exception], api.refuse)
     service = Starlette(routes=routes, exception_handlers=handlers, lifespan=relay.lifespan)
     service.router.redirect_slashes = False
