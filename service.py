@@ -38,7 +38,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -56,6 +56,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("notify")
 
@@ -196,9 +197,12 @@ class _Api:
 
 
 async def _read_message(request: Request) -> str:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
+    body, more = b"", True
+    while more:
+        event = await request.receive()
+        if event["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body, more = body + event.get("body", b""), event.get("more_body", False)
         if len(body) > _MAX_BODY:
             raise HTTPException(413)
     if not body:
@@ -218,9 +222,15 @@ async def _read_message(request: Request) -> str:
 
 
 def _route(path: str, endpoint: Callable[[Request], Any], method: str) -> Route:
-    """Of the whole path, but for one slash at its end: Starlette's own lets a last newline fall off."""
+    """Starlette's own, but of the whole path, where a last newline would fall off, and but for one slash at its end."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
     route = Route(path, endpoint, methods=[method])
     route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
+    route.app = app  # without a second handler of exceptions, as the app has one
     return route
 
 
@@ -302,13 +312,17 @@ class _Group:
         self._entries: list[tuple[_Entry, anyio.Event, Any]] = []
         self._rounds: dict[Any, anyio.Event] = {}  # what the next round sets, for each loop
         self._changed = threading.Condition()
-        self._threads = self._idle = 0
+        self._threads = 0
         self._woken = False
 
     async def run(self, entry: _Entry) -> None:
         """Return when the entry was handled."""
-        loop: Any = anyio.lowlevel.current_token().native_token
-        call_soon = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon  # asyncio's, or trio's
+        try:
+            loop: Any = asyncio.get_running_loop()
+            call_soon = loop.call_soon_threadsafe
+        except RuntimeError:
+            loop = anyio.lowlevel.current_token().native_token  # trio's
+            call_soon = loop.run_sync_soon
         with self._changed:
             if loop not in self._rounds or self._most or not self._threads:
                 self._rounds[loop] = anyio.Event()
@@ -322,7 +336,7 @@ class _Group:
         with self._changed:
             self._woken = True
             self._changed.notify()
-            if self._threads < max(1, self._most) and (not self._threads or len(self._entries) > self._idle):
+            if self._threads < max(1, self._most):
                 threading.Thread(target=self._work, name="notify", daemon=True).start()
                 self._threads += 1
 
@@ -338,10 +352,7 @@ class _Group:
 
     def _take(self) -> list[tuple[_Entry, anyio.Event, Any]] | None:
         with self._changed:
-            self._idle += 1
-            self._changed.wait_for(lambda: self._entries, _LINGER)
-            self._idle -= 1
-            if not self._entries and not self._woken:
+            if not self._changed.wait_for(lambda: self._entries, _LINGER) and not self._woken:
                 self._threads -= 1
                 return None
             self._woken, self._rounds = False, {}
@@ -403,7 +414,12 @@ class _Outbox:
         self._folder = None if str(folder) == ":memory:" else Path(folder).absolute()
         self._path = self._folder / "outbox.db" if self._folder else Path(":memory:")
         self._wal = f"{self._path}-wal"
-        self._max_pending, self._fsync = max_pending, fsync
+        self._pragmas = (
+            "journal_mode = WAL",  # who reads does not wait for who writes
+            f"synchronous = {'FULL' if fsync else 'NORMAL'}",  # FULL: a commit is on the disk
+            "wal_autocheckpoint = 128",  # pages: the log shall not fill a small disk; see adopt, too
+        )
+        self._max_pending = max_pending
         self._writer, self._warn = _Group(self._write), _Warnings(1)
         self.pending: dict[int, _Entry] = {}  # what is ours
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
@@ -523,7 +539,7 @@ class _Outbox:
             starting.enter_context(_locked(self._in_folder("outbox.lock")))
             self._log_lock = opened.enter_context(_connected(self._in_folder("log.lock"), _NO_JOURNAL))
             is_new = not self._folder or _is_new(self._path)
-            db = opened.enter_context(self._connected())
+            db, self._adopter = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
             if is_new:
                 db.executescript(_SCHEMA)
             db.execute("PRAGMA busy_timeout = 1")  # millisecond: see _transaction
@@ -533,20 +549,12 @@ class _Outbox:
             self._opened.push(opened.pop_all())
             return db
 
-    def _connected(self) -> AbstractContextManager[sqlite3.Connection]:
-        return _connected(
-            self._path,
-            "journal_mode = WAL",  # who reads does not wait for who writes
-            f"synchronous = {'FULL' if self._fsync else 'NORMAL'}",  # FULL: a commit is on the disk
-            "wal_autocheckpoint = 128",  # pages: the log shall not fill a small disk; see adopt, too
-        )
-
     def _in_folder(self, name: str) -> Path:
         return self._folder / name if self._folder else self._path
 
     def close(self) -> None:
         """Let go of the outbox, unless something is in hand or undeleted, which ends with the process."""
-        with self._lock, self._adopting, self._taking:
+        with self._adopting, self._lock, self._taking:
             if self._folder and not self._delivered and len(self.waiting) == len(self.pending):
                 self._opened.pop_all().close()
                 self._db = None
@@ -554,12 +562,13 @@ class _Outbox:
 
     def adopt(self, find_delivered: Callable[[set[str]], set[str]]) -> None:
         """Take over what the dead left. On a thread of its own."""
-        self.open()
-        if self._delivered:
-            self._writer.wake()  # so that it tries again
-        if not self._folder:
-            return
-        with self._adopting, self._connected() as db:
+        with self._adopting:
+            self.open()
+            if self._delivered:
+                self._writer.wake()  # so that it tries again
+            if not self._folder:
+                return
+            db = self._adopter
             with suppress(sqlite3.OperationalError):  # as on a full disk, which holds up no adoption
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 db.execute(_FORGET_KEYS, (time.time() - _DAY,))
@@ -782,17 +791,18 @@ class _Relay:
                 await self._notify(_read_line(entry.line))
         except BaseException as exc:
             self._fail([entry], exc)
+            if isinstance(exc, GeneratorExit):
+                return False
             if hands is self._first and _ends_task(exc):
                 raise
-            return not isinstance(exc, GeneratorExit)
         else:
             if self._is_async:
                 self._outbox.delete([entry])
             else:
                 await self._group.run(entry)
-            return True
         finally:
             hands.discard(entry)
+        return True
 
     def _call(self, entries: list[_Entry]) -> None:
         for entry in entries:
