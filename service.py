@@ -156,6 +156,13 @@ _DETAILS = {
 }
 
 
+class _Answer(JSONResponse):
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # Starlette's makes one for each
+
+    def render(self, content: Any) -> bytes:
+        return self.encode(content).encode()
+
+
 class _Api:
     def __init__(self, outbox: _Outbox, relay: _Relay, token: str | None) -> None:
         self._outbox, self._relay, self._token = outbox, relay, token
@@ -174,7 +181,7 @@ class _Api:
         entry = await self._outbox.accept(email, await _read_message(request), key)
         content = {"id": entry.id, "message": "Notification sent in the background"}
         headers = None if entry.seq else {"Idempotent-Replayed": "true"}
-        return JSONResponse(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
+        return _Answer(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
 
     async def health(self, request: Request) -> Response:
         error = await self._outbox.probe()
@@ -182,10 +189,10 @@ class _Api:
         status = f"the outbox cannot be written: {error}" if error else "ok"
         content = {"status": status, "pending": pending, "failed": failed}
         code, headers = (503, _RETRY) if error else (200, None)
-        return JSONResponse(content, code, headers, background=BackgroundTask(self._relay.catch_up))
+        return _Answer(content, code, headers, background=BackgroundTask(self._relay.catch_up))
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
+        return _Answer({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
 
     async def refuse(self, request: Request, exc: Exception) -> Response:
         """The answer to what cannot be kept; the framework logs what is no HTTPException."""
@@ -193,7 +200,7 @@ class _Api:
             return Response(status_code=400)  # nobody is there to read it
         status, headers = (exc.status_code, exc.headers) if isinstance(exc, HTTPException) else (500, None)
         detail = _DETAILS.get(status) or getattr(exc, "detail", "")
-        return JSONResponse({"detail": detail}, status, headers, background=BackgroundTask(self._relay.catch_up))
+        return _Answer({"detail": detail}, status, headers, background=BackgroundTask(self._relay.catch_up))
 
 
 async def _read_message(request: Request) -> str:
@@ -319,14 +326,14 @@ class _Group:
         """Return when the entry was handled."""
         try:
             loop: Any = asyncio.get_running_loop()
-            call_soon = loop.call_soon_threadsafe
+            at_end_of_turn, call_soon = loop.call_soon, loop.call_soon_threadsafe
         except RuntimeError:
             loop = anyio.lowlevel.current_token().native_token  # trio's
-            call_soon = loop.run_sync_soon
+            at_end_of_turn = call_soon = loop.run_sync_soon
         with self._changed:
             if loop not in self._rounds or self._most or not self._threads:
                 self._rounds[loop] = anyio.Event()
-                call_soon(self.wake)
+                at_end_of_turn(self.wake)
             done = self._rounds[loop]
             self._entries.append((entry, done, call_soon))
         await done.wait()
@@ -597,8 +604,9 @@ class _Outbox:
                         continue  # it lives
                     left += [_Entry(line, seq=seq) for line, seq in db.execute(_LEFT, (owner,))]
             delivered = find_delivered({entry.line[_ID] for entry in left}) if left else set()
-            self._left.update(locks)
-            self._opened.push(dead.pop_all())
+            if locks:
+                self._left.update(locks)
+                self._opened.push(dead.pop_all())
         self.delete([entry for entry in left if entry.line[_ID] in delivered])
         for entry in left:
             if entry.line[_ID] not in delivered:
