@@ -400,6 +400,9 @@ _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commi
 _MOST_ADOPTED = 10_000  # notifications of the dead in memory; past it, no more of the dead are looked for
 
 
+_Search = Callable[[set[str]], set[str]]  # of ids, those whose line is in the log
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     """A notification on its way."""
@@ -493,7 +496,7 @@ class _Outbox:
             fresh = self._sort_out(db, [entry for entry in new if entry.line])
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
-            if not fresh and not delivered:
+            if new and not fresh and not delivered:
                 db.execute(_PROBE)
         del self._delivered[: len(delivered)]
         late = time.monotonic() + _LOOK  # for its task to come
@@ -567,7 +570,7 @@ class _Outbox:
                 self._db = None
                 self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), {}
 
-    def adopt(self, find_delivered: Callable[[set[str]], set[str]]) -> None:
+    def adopt(self, find_delivered: _Search) -> None:
         """Take over what the dead left. On a thread of its own."""
         with self._adopting:
             self.open()
@@ -575,21 +578,18 @@ class _Outbox:
                 self._writer.wake()  # so that it tries again
             if not self._folder:
                 return
-            db = self._adopter
             with suppress(sqlite3.OperationalError):  # as on a full disk, which holds up no adoption
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                db.execute(_FORGET_KEYS, (time.time() - _DAY,))
-            owners = {owner for (owner,) in db.execute(_OWNERS)}
+                self._adopter.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._adopter.execute(_FORGET_KEYS, (time.time() - _DAY,))
+            owners = {owner for (owner,) in self._adopter.execute(_OWNERS)}
             for owner in self._left.keys() - owners:
                 self._left.pop(owner).close()
                 with suppress(OSError):
                     self._in_folder(f"{owner}.lock").unlink()
             owners |= {path.stem for path in self._folder.glob("*.lock")}
-            self._inherit(db, owners - self._left.keys() - {self._worker, "outbox", "log"}, find_delivered)
+            self._inherit(owners - self._left.keys() - {self._worker, "outbox", "log"}, find_delivered)
 
-    def _inherit(
-        self, db: sqlite3.Connection, owners: set[str], find_delivered: Callable[[set[str]], set[str]]
-    ) -> None:
+    def _inherit(self, owners: set[str], find_delivered: _Search) -> None:
         """Hold the locks of those that are dead: what they left is ours, but for what the log has already."""
         locks: dict[str, sqlite3.Connection] = {}
         left: list[_Entry] = []
@@ -602,7 +602,7 @@ class _Outbox:
                         locks[owner] = dead.enter_context(_locked(self._in_folder(f"{owner}.lock"), wait=0))
                     except sqlite3.OperationalError:
                         continue  # it lives
-                    left += [_Entry(line, seq=seq) for line, seq in db.execute(_LEFT, (owner,))]
+                    left += [_Entry(line, seq=seq) for line, seq in self._adopter.execute(_LEFT, (owner,))]
             delivered = find_delivered({entry.line[_ID] for entry in left}) if left else set()
             if locks:
                 self._left.update(locks)
