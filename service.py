@@ -62,38 +62,31 @@ log = logging.getLogger("notify")
 
 # ---------------------------------------------------------------------------------------------------- settings
 
-_is_path = re.compile(r"[^\0]+").fullmatch
-_is_token = re.compile("[!-~]+").fullmatch
 _SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-
 # Of each: how it is read from a variable, whether it makes sense, and the rule.
 _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] = {
-    "log": (str, lambda value: isinstance(value, (str, Path)) and _is_path(str(value)), "the path of a file"),
-    "outbox": (str, lambda value: isinstance(value, (str, Path)) and _is_path(str(value)), "the path of a folder"),
-    "delay": (float, lambda value: type(value) in (int, float) and 0 <= value < math.inf, "seconds, 0 or more"),
-    "concurrency": (int, lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
-    "max_pending": (int, lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
-    "token": (str, lambda text: text is None or (type(text) is str and _is_token(text)), "visible ASCII characters"),
-    "fsync": (lambda text: _SWITCH[text.lower()], lambda value: type(value) is bool, "true or false"),
+    "log": (str, lambda v: isinstance(v, str | Path) and re.fullmatch(r"[^\0]+", str(v)), "the path of a file"),
+    "outbox": (str, lambda v: isinstance(v, str | Path) and re.fullmatch(r"[^\0]+", str(v)), "the path of a folder"),
+    "delay": (float, lambda v: type(v) in (int, float) and 0 <= v < math.inf, "seconds, 0 or more"),
+    "concurrency": (int, lambda v: type(v) is int and v > 0, "a whole number of at least 1"),
+    "max_pending": (int, lambda v: type(v) is int and v > 0, "a whole number of at least 1"),
+    "token": (str, lambda v: v is None or (type(v) is str and re.fullmatch("[!-~]+", v)), "visible ASCII characters"),
+    "fsync": (lambda text: _SWITCH[text.lower()], lambda v: type(v) is bool, "true or false"),
 }
 
 
-def _check(settings: dict[str, Any], label: str = "") -> None:
-    for name, value in settings.items():
-        _, makes_sense, rule = _SETTINGS[name]
-        if not makes_sense(value):
-            raise ValueError(f"{label or name} must be {rule}, not {value!r}")
+def _check(settings: dict[str, Any]) -> None:
+    for name, (_, makes_sense, rule) in _SETTINGS.items():
+        if not makes_sense(settings[name]):
+            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
 
 
 def _environment() -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, (read, *_) in _SETTINGS.items():
-        variable = f"NOTIFY_{name.upper()}"
-        if (value := os.environ.get(variable)) is not None:
-            with suppress(ValueError, KeyError):
-                value = read(value)
-            _check({name: value}, variable)
-            settings[name] = value
+        with suppress(KeyError, ValueError):
+            settings[name] = os.environ[f"NOTIFY_{name.upper()}"]
+            settings[name] = read(settings[name])  # or it stays a text, which is refused
     return settings
 
 
@@ -988,8 +981,7 @@ def create_app(
         TypeError: ``notify`` cannot be called.
         ValueError: Another setting makes no sense; names it, its value and the rule.
     """
-    _check({"log": log, "outbox": outbox, "delay": delay, "concurrency": concurrency, "max_pending": max_pending})
-    _check({"token": token, "fsync": fsync})
+    _check(locals())
     if notify is not None and not callable(notify):
         raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
     box = _Outbox(outbox, max_pending, fsync)
