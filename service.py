@@ -92,22 +92,17 @@ def _environment() -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------ notification
 
+_ID = slice(25, 57)  # where a line has its id: after 24 characters of time and a space
+
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """What a notifier is called with.
+    """What a notifier is called with."""
 
-    ``id`` is unique, and the same at every attempt. ``message`` is the text exactly as it was sent.
-    ``accepted_at`` is the time in UTC, in ISO 8601 with milliseconds.
-    """
-
-    id: str
+    id: str  # unique, and the same at every attempt
     email: str
-    message: str
-    accepted_at: str
-
-
-_ID = slice(25, 57)  # of a line: after 24 characters of time and a space
+    message: str  # exactly as it was sent
+    accepted_at: str  # in UTC, ISO 8601 with milliseconds
 
 
 def _write_line(email: str, message: str) -> str:
@@ -119,10 +114,9 @@ def _write_line(email: str, message: str) -> str:
 
 
 def _read_line(line: str) -> Notification:
-    accepted_at, identifier, _, _, rest = line.split(" ", 4)
-    email, _, message = rest.partition(": ")
+    accepted_at, id, _, _, email, message = line.split(" ", 5)
     message = message.encode("latin-1", "backslashreplace").decode("unicode_escape")
-    return Notification(identifier, email, message, accepted_at)
+    return Notification(id, email.removesuffix(":"), message, accepted_at)
 
 
 # --------------------------------------------------------------------------------------------------- endpoints
