@@ -42,7 +42,6 @@ from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 from traceback import format_exception_only
 from typing import Any
@@ -123,7 +122,7 @@ def _read_line(line: str) -> Notification:
 
 # https://html.spec.whatwg.org/multipage/input.html#valid-e-mail-address
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
-_EMAIL = rf"[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*"
+_EMAIL = rf"^[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
 _is_email = re.compile(_EMAIL).fullmatch
 _is_key = re.compile("[ -~]{1,255}").fullmatch
 _has_surrogate = re.compile("[\ud800-\udfff]").search
@@ -228,58 +227,42 @@ def _route(path: str, endpoint: Callable[[Request], Any], method: str) -> Route:
     return route
 
 
-def _object(**properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+_TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+_SENT_WITH = {202: "Idempotent-Replayed", 401: "WWW-Authenticate", 405: "Allow", 503: "Retry-After"}
 
 
-def _answer(description: str, schema: dict[str, Any], *headers: str) -> dict[str, Any]:
-    content = {"application/json": {"schema": schema}}
-    return {"description": description, "content": content, "headers": {name: {"schema": _TEXT} for name in headers}}
+def _answers(texts: dict[int, str], **properties: dict[str, Any]) -> dict[int, Any]:
+    """OpenAPI's answers, by status: each is described by its text, and is an object with these properties."""
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    content = {"content": {"application/json": {"schema": schema}}}
+    headers = {code: {name: {"schema": _TEXT}} for code, name in _SENT_WITH.items()}
+    return {code: {"description": text, "headers": headers.get(code, {})} | content for code, text in texts.items()}
 
 
-_TEXT = {"type": "string"}
-_COUNT = {"type": "integer", "minimum": 0}
-_ADDRESS = _TEXT | {"pattern": f"^{_EMAIL}$", "maxLength": 254}
-_KEY = _TEXT | {"pattern": "^[ -~]+$", "minLength": 1, "maxLength": 255}
-_BODY = _object(message=_TEXT | {"maxLength": 10_000, "default": _MESSAGE}) | {"required": []}
-_STATE = _object(status=_TEXT, pending=_COUNT, failed=_COUNT)
-_REFUSED_WITH = {401: ["WWW-Authenticate"], 405: ["Allow"], 503: ["Retry-After"]}
-_REFUSED = {
-    str(code): _answer(
-        _DETAILS.get(code) or HTTPStatus(code).phrase, _object(detail=_TEXT), *_REFUSED_WITH.get(code, [])
-    )
-    for code in (400, 401, 404, 405, 413, 415, 422, 500, 503)
-}
-_REFUSED_ANYWHERE = {code: _REFUSED[code] for code in ("404", "405", "500")}
-_GET_HEALTH = {
-    "summary": "Whether notifications can be kept, and how many wait.",
-    "responses": {"200": _answer("They can.", _STATE), "503": _answer("They cannot.", _STATE, "Retry-After")}
-    | _REFUSED_ANYWHERE,
+_REFUSED = _answers({code: HTTPException(code).detail for code in (400, 422, 503)} | _DETAILS, detail=_TEXT)
+_ANYWHERE = {code: _REFUSED[code] for code in (404, 405, 500)}
+_STATE = _answers({200: "They can.", 503: "They cannot."}, status=_TEXT, pending=_COUNT, failed=_COUNT)
+_HEALTH = {"summary": "Whether notifications can be kept, and how many wait.", "responses": _ANYWHERE | _STATE}
+_DOCUMENT = _answers({200: "OpenAPI 3.1."}, openapi=_TEXT, info={}, paths={}, components={}, servers={})
+_CONTENT = {"message": _TEXT | {"maxLength": 10_000, "default": _MESSAGE}}
+_BODY = {"type": "object", "properties": _CONTENT, "additionalProperties": False}
+_SEND = {
+    "summary": "Keep a notification, answer, and deliver it afterwards.",
+    "security": [{}, {"token": []}],
+    "parameters": [
+        {"name": "email", "in": "path", "required": True, "schema": _TEXT | {"pattern": _EMAIL, "maxLength": 254}},
+        {"name": "Idempotency-Key", "in": "header", "schema": _TEXT | {"pattern": "^[ -~]{1,255}$"}},
+    ],
+    "requestBody": {"content": {"application/json": {"schema": _BODY}}},
+    "responses": _REFUSED | _answers({202: "It is kept."}, id=_TEXT, message=_TEXT),
 }
 _OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",
     "info": {"title": "Notify", "version": "1.0.0", "description": "Answers first, notifies after: 202 means kept."},
     "paths": {
-        "/send-notification/{email}": {
-            "post": {
-                "summary": "Keep a notification, answer, and deliver it afterwards.",
-                "security": [{}, {"token": []}],
-                "parameters": [
-                    {"name": "email", "in": "path", "required": True, "schema": _ADDRESS},
-                    {"name": "Idempotency-Key", "in": "header", "schema": _KEY},
-                ],
-                "requestBody": {"content": {"application/json": {"schema": _BODY}}},
-                "responses": _REFUSED
-                | {"202": _answer("It is kept.", _object(id=_TEXT, message=_TEXT), "Idempotent-Replayed")},
-            },
-        },
-        "/health": {"get": _GET_HEALTH, "head": _GET_HEALTH},
-        "/openapi.json": {
-            "get": {
-                "summary": "This document.",
-                "responses": _REFUSED_ANYWHERE | {"200": _answer("OpenAPI 3.1.", {"type": "object"})},
-            }
-        },
+        "/send-notification/{email}": {"post": _SEND},
+        "/health": {"get": _HEALTH, "head": _HEALTH},
+        "/openapi.json": {"get": {"summary": "This document.", "responses": _ANYWHERE | _DOCUMENT}},
     },
     "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
 }
