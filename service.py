@@ -52,7 +52,7 @@ from anyio.abc import TaskGroup
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -125,12 +125,11 @@ _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _EMAIL = rf"^[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
 _is_email = re.compile(_EMAIL).fullmatch
 _is_key = re.compile("[ -~]{1,255}").fullmatch
-_has_surrogate = re.compile("[\ud800-\udfff]").search
+_is_message = re.compile("[^\ud800-\udfff]{0,10000}").fullmatch
 # Python's own takes NaN, and takes an integer of more than 4,300 digits for malformed.
 _read_json = json.JSONDecoder(parse_int=float, parse_constant=int).decode
 
 _MESSAGE = "some notification"
-_MAX_BODY = 64 * 1024  # bytes
 _RETRY = {"Retry-After": "1"}  # seconds
 _DETAILS = {
     401: "Send the header Authorization: Bearer <token>.",
@@ -182,11 +181,10 @@ class _Api:
 
     async def refuse(self, request: Request, exc: Exception) -> Response:
         """The answer to what cannot be kept; the framework logs what is no HTTPException."""
-        if isinstance(exc, ClientDisconnect):
-            return Response(status_code=400)  # nobody is there to read it
-        status, headers = (exc.status_code, exc.headers) if isinstance(exc, HTTPException) else (500, None)
-        detail = _DETAILS.get(status) or getattr(exc, "detail", "")
-        return _Answer({"detail": detail}, status, headers, background=BackgroundTask(self._relay.catch_up))
+        error = exc if isinstance(exc, HTTPException) else HTTPException(500)
+        content = {"detail": _DETAILS.get(error.status_code, error.detail)}
+        task = BackgroundTask(self._relay.catch_up)
+        return _Answer(content, error.status_code, error.headers, background=task)
 
 
 async def _read_message(request: Request) -> str:
@@ -194,9 +192,9 @@ async def _read_message(request: Request) -> str:
     while more:
         event = await request.receive()
         if event["type"] == "http.disconnect":
-            raise ClientDisconnect
+            raise HTTPException(400, "Send the whole body.")  # nobody is there to read it
         body, more = body + event.get("body", b""), event.get("more_body", False)
-        if len(body) > _MAX_BODY:
+        if len(body) > 64 * 1024:
             raise HTTPException(413)
     if not body:
         return _MESSAGE
@@ -209,7 +207,7 @@ async def _read_message(request: Request) -> str:
     if not isinstance(content, dict) or not content.keys() <= {"message"}:
         raise HTTPException(422, "Send a JSON object with no other key than message.")
     message = content.get("message", _MESSAGE)
-    if not isinstance(message, str) or len(message) > 10_000 or _has_surrogate(message):
+    if not isinstance(message, str) or not _is_message(message):
         raise HTTPException(422, "Make message a string of at most 10,000 characters, with no lone surrogate.")
     return message
 
@@ -966,7 +964,7 @@ def create_app(
     api = _Api(box, relay, token)
     send = _route("/send-notification/{email:path}", api.send_notification, "POST")
     routes = [send, _route("/health", api.health, "GET"), _route("/openapi.json", api.openapi, "GET")]
-    handlers = dict.fromkeys([HTTPException, ClientDisconnect, Exception], api.refuse)
+    handlers = {HTTPException: api.refuse, Exception: api.refuse}
     service = Starlette(routes=routes, exception_handlers=handlers, lifespan=relay.lifespan)
     service.router.redirect_slashes = False
     return service
