@@ -96,12 +96,16 @@ _ID = slice(25, 57)  # where a line has its id: after 24 characters of time and 
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """What a notifier is called with."""
+    """What a notifier is called with.
 
-    id: str  # unique, and the same at every attempt
+    ``id`` is unique, and the same at every attempt. ``message`` is the text exactly as it was sent.
+    ``accepted_at`` is the time in UTC, in ISO 8601 with milliseconds.
+    """
+
+    id: str
     email: str
-    message: str  # exactly as it was sent
-    accepted_at: str  # in UTC, ISO 8601 with milliseconds
+    message: str
+    accepted_at: str
 
 
 def _write_line(email: str, message: str) -> str:
@@ -128,7 +132,6 @@ _is_key = re.compile("[ -~]{1,255}").fullmatch
 _is_message = re.compile("[^\ud800-\udfff]{0,10000}").fullmatch
 # Python's own takes NaN, and takes an integer of more than 4,300 digits for malformed.
 _read_json = json.JSONDecoder(parse_int=float, parse_constant=int).decode
-
 _MESSAGE = "some notification"
 _RETRY = {"Retry-After": "1"}  # seconds
 _DETAILS = {
@@ -171,9 +174,8 @@ class _Api:
     async def health(self, request: Request) -> Response:
         error = await self._outbox.probe()
         pending, failed = self._outbox.count()
-        status = f"the outbox cannot be written: {error}" if error else "ok"
+        code, headers, status = (503, _RETRY, f"the outbox cannot be written: {error}") if error else (200, None, "ok")
         content = {"status": status, "pending": pending, "failed": failed}
-        code, headers = (503, _RETRY) if error else (200, None)
         return _Answer(content, code, headers, background=BackgroundTask(self._relay.catch_up))
 
     async def openapi(self, request: Request) -> Response:
@@ -183,8 +185,7 @@ class _Api:
         """The answer to what cannot be kept; the framework logs what is no HTTPException."""
         error = exc if isinstance(exc, HTTPException) else HTTPException(500)
         content = {"detail": _DETAILS.get(error.status_code, error.detail)}
-        task = BackgroundTask(self._relay.catch_up)
-        return _Answer(content, error.status_code, error.headers, background=task)
+        return _Answer(content, error.status_code, error.headers, background=BackgroundTask(self._relay.catch_up))
 
 
 async def _read_message(request: Request) -> str:
