@@ -47,6 +47,7 @@ from traceback import format_exception_only
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 from anyio.abc import TaskGroup
 from starlette.applications import Starlette
@@ -273,20 +274,20 @@ _OPENAPI: dict[str, Any] = {
 #
 # Plan: `run` adds the entry to a list, and waits for an event that it shares with all who wait on the same loop. When
 # the loop has done its turn, a thread takes the list, handles it, and has each loop set its event. What comes
-# meanwhile gathers for the next round, so that rounds grow with the load. When nothing has come for a while, the
-# thread handles an empty list if it was woken, as something was put off, and ends. An entry is handled even if the one
-# who waited for it was cancelled.
+# meanwhile gathers for the next round, so that rounds grow with the load. A thread to which nothing has come for a
+# while ends; if it was woken for nothing, it handles an empty list before, which is the time for what was put off. An
+# entry is handled even if the one who waited for it was cancelled.
 
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
 
 
 class _Group:
-    """One thread that takes all there is, or up to so many of which each takes one."""
+    """One thread that handles all that gathered, or so many threads that each handle one entry at a time."""
 
     def __init__(self, handle: Callable[[list[_Entry]], None], threads: int = 0) -> None:
         self._handle, self._most = handle, threads
         self._entries: list[tuple[_Entry, anyio.Event, Any]] = []
-        self._rounds: dict[Any, anyio.Event] = {}  # what the next round sets, for each loop
+        self._rounds: dict[Any, anyio.Event] = {}  # for each loop, what is set when the next round is done
         self._changed = threading.Condition()
         self._threads = 0
         self._woken = False
@@ -313,20 +314,21 @@ class _Group:
             self._woken = True
             self._changed.notify()
             if self._threads < max(1, self._most):
-                threading.Thread(target=self._work, name="notify", daemon=True).start()
-                self._threads += 1
+                with suppress(RuntimeError):  # if no thread can be had, whoever comes next tries again
+                    threading.Thread(target=self._work, name="notify", daemon=True).start()
+                    self._threads += 1
 
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
+        while (taken := self._next_round()) is not None:
             try:
                 self._handle([entry for entry, *_ in taken])
-            except Exception:
+            except BaseException:
                 log.exception("this should not happen, and is a bug of the service")
             for done, call_soon in {done: call_soon for _, done, call_soon in taken}.items():
                 with suppress(RuntimeError):  # the loop is closed, and nobody waits
                     call_soon(done.set)
 
-    def _take(self) -> list[tuple[_Entry, anyio.Event, Any]] | None:
+    def _next_round(self) -> list[tuple[_Entry, anyio.Event, Any]] | None:
         with self._changed:
             if not self._changed.wait_for(lambda: self._entries, _LINGER) and not self._woken:
                 self._threads -= 1
@@ -396,7 +398,7 @@ class _Outbox:
         self._pragmas = (
             "journal_mode = WAL",  # who reads does not wait for who writes
             f"synchronous = {'FULL' if fsync else 'NORMAL'}",  # FULL: a commit is on the disk
-            "wal_autocheckpoint = 128",  # pages: the log shall not fill a small disk; see adopt, too
+            "wal_autocheckpoint = 128",  # pages: the WAL shall not fill a small disk; see adopt, too
         )
         self._max_pending = max_pending
         self._writer, self._warn = _Group(self._write), _Warnings(1)
@@ -438,7 +440,7 @@ class _Outbox:
             return self.waiting.pop(entry.seq, None) is not None
 
     def settle(self, entries: list[_Entry]) -> None:
-        """Count these as delivered."""
+        """Count these as delivered; their rows stay."""
         for entry in entries:
             self.pending.pop(entry.seq, None)
             self._adopted.discard(entry.seq)
@@ -468,7 +470,7 @@ class _Outbox:
             if new and not fresh and not delivered:
                 db.execute(_PROBE)
         del self._delivered[: len(delivered)]
-        late = time.monotonic() + _LOOK  # for its task to come
+        late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
             entry.seq, entry.id, entry.due = seq, entry.line[_ID], late
             self.pending[seq] = self.waiting[seq] = entry
@@ -514,14 +516,16 @@ class _Outbox:
         with ExitStack() as starting, ExitStack() as opened:
             if self._folder:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _sync_folder(self._folder.parent)
+                for parent in self._folder.parents:
+                    _sync_folder(parent)
             starting.enter_context(_locked(self._in_folder("outbox.lock")))
-            self._log_lock = opened.enter_context(_connected(self._in_folder("log.lock"), _NO_JOURNAL))
+            self._log_lock = opened.enter_context(_connected(self._in_folder("log.lock")))
             is_new = not self._folder or _is_new(self._path)
             db, self._adopter = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
             if is_new:
                 db.executescript(_SCHEMA)
-            db.execute("PRAGMA busy_timeout = 1")  # millisecond: see _transaction
+            for each in db, self._adopter:
+                each.execute("PRAGMA busy_timeout = 1")  # millisecond: see _transaction, and adopt has another time
             self._inode = self._path.stat().st_ino if self._folder else 0
             self._worker = secrets.token_hex(8)
             opened.enter_context(_locked(self._in_folder(f"{self._worker}.lock")))
@@ -533,21 +537,23 @@ class _Outbox:
 
     def close(self) -> None:
         """Let go of the outbox, unless something is in hand or undeleted, which ends with the process."""
-        with self._adopting, self._lock, self._taking:
-            if self._folder and not self._delivered and len(self.waiting) == len(self.pending):
-                self._opened.pop_all().close()
-                self._db = None
+        with self._adopting, self._lock, _locked(self._in_folder("outbox.lock")):  # nobody shall start meanwhile
+            with self._taking:
+                if not self._folder or self._delivered or len(self.waiting) < len(self.pending):
+                    return
+                opened, self._db = self._opened.pop_all(), None
                 self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), {}
+            opened.close()
 
     def adopt(self, find_delivered: _Search) -> None:
-        """Take over what the dead left. On a thread of its own."""
+        """Take over what the dead left; waits for the disk, and as long as it takes to search the log."""
         with self._adopting:
             self.open()
             if self._delivered:
                 self._writer.wake()  # so that it tries again
             if not self._folder:
                 return
-            with suppress(sqlite3.OperationalError):  # as on a full disk, which holds up no adoption
+            with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopter.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._adopter.execute(_FORGET_KEYS, (time.time() - _DAY,))
             owners = {owner for (owner,) in self._adopter.execute(_OWNERS)}
@@ -555,15 +561,15 @@ class _Outbox:
                 self._left.pop(owner).close()
                 with suppress(OSError):
                     self._in_folder(f"{owner}.lock").unlink()
-            owners |= {path.stem for path in self._folder.glob("*.lock")}
-            self._inherit(owners - self._left.keys() - {self._worker, "outbox", "log"}, find_delivered)
+            owners |= {path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")}
+            self._inherit(owners - self._left.keys() - {self._worker}, find_delivered)
 
     def _inherit(self, owners: set[str], find_delivered: _Search) -> None:
         """Hold the locks of those that are dead: what they left is ours, but for what the log has already."""
         locks: dict[str, sqlite3.Connection] = {}
         left: list[_Entry] = []
         with ExitStack() as dead:
-            with _locked(self._in_folder("outbox.lock")):  # as two that try one's lock at the same time can both fail
+            with _locked(self._in_folder("outbox.lock")):  # nobody else tries, or is about to take a lock of his own
                 for owner in owners:
                     if len(self._adopted) + len(left) >= _MOST_ADOPTED:
                         break
@@ -585,6 +591,7 @@ class _Outbox:
     @contextmanager
     def log_locked(self) -> Iterator[None]:
         """Keep the lines of this outbox's workers apart."""
+        self._log_lock.execute(f"PRAGMA {_NO_JOURNAL}")  # here, as it waits for who has the lock, who may hang
         self._log_lock.execute("BEGIN EXCLUSIVE")
         try:
             yield
@@ -665,9 +672,10 @@ def _sync_folder(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- relay
 
-_LOOK = 2.0  # seconds between two looks for what the dead left, and until a task is taken for lost
+_LATE = 2.0  # seconds after which a request's task is taken for lost
+_LOOK = 2.0  # seconds between two looks for what the dead left
 _POLL = 0.05  # seconds between two looks for what is due
-_DRAIN = 10.0  # seconds that what the relay has in hand may take at the end
+_DRAIN, _FLUSH = 10.0, 2.0  # seconds at the end for what the relay has in hand, and for the last writes
 _IN_HAND = 500  # at once in requests' tasks, and as many in the relay's; the others wait, and take little memory
 
 
@@ -683,26 +691,26 @@ class _Relay:
         self._is_async = notify is not None and BackgroundTask(notify).is_async
         self._group = _Group(self._call, threads) if own else _Group(self._append)
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
-        self._find_delivered = set[str]().intersection if own else file.find  # one's own can tell by the id
+        self._find_delivered: _Search = (lambda ids: set()) if own else file.find  # one's own can tell by the id
         self._warn = _Warnings(50 if own else 1)
         self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
-        self._first: set[_Entry] = set()  # in the hands of requests' tasks
-        self._again: set[_Entry] = set()  # in ours
+        self._in_requests: set[_Entry] = set()  # in hand
+        self._in_relay: set[_Entry] = set()
         self._most = max(_IN_HAND, threads)  # of each
         self._written: list[_Entry] = []  # to the log, but perhaps not to the disk
         self._synced = self._next = self._next_look = 0.0  # on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
-        if self._lifespans and len(self._first) >= self._most:
+        if self._lifespans and len(self._in_requests) >= self._most:
             entry.due = time.monotonic() + self._delay
-        elif not await self._attempt(entry, self._first, self._delay):
+        elif not await self._attempt(entry, self._in_requests, self._delay):
             return
         await self.catch_up()
 
     async def catch_up(self) -> None:
         """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
-        while not self._lifespans and time.monotonic() >= self._next and len(self._again) < self._most:
+        while not self._lifespans and time.monotonic() >= self._next and len(self._in_relay) < self._most:
             async with anyio.create_task_group() as tasks:
                 await self._step(tasks)
 
@@ -722,8 +730,8 @@ class _Relay:
                 self._lifespans.discard(clock)
                 clock.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
-                log.info("the relay has %d in hand, and ends", len(self._again))
-        with anyio.move_on_after(_LOOK), suppress(OSError, sqlite3.Error):  # as the log may hang
+                log.info("the relay has %d in hand, and ends", len(self._in_relay))
+        with anyio.move_on_after(_FLUSH), suppress(OSError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry(""))  # which syncs
             await self._outbox.probe()
@@ -750,9 +758,9 @@ class _Relay:
                 self._warn("what is left in the outbox has to wait", exc)
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
-        room = max(0, self._most - len(self._again))
+        room = max(0, self._most - len(self._in_relay))
         for entry in due[:room]:
-            tasks.start_soon(self._attempt, entry, self._again)
+            tasks.start_soon(self._attempt, entry, self._in_relay)
         if len(due) > room:
             self._next = now
 
@@ -770,7 +778,7 @@ class _Relay:
             self._fail([entry], exc)
             if isinstance(exc, GeneratorExit):
                 return False
-            if hands is self._first and _ends_task(exc):
+            if hands is self._in_requests and _ends_task(exc):  # a task of the relay's would end all of them
                 raise
         else:
             if self._is_async:
@@ -802,12 +810,12 @@ class _Relay:
         else:
             self._outbox.settle(new)
             self._written += new
-        if new and time.monotonic() < self._synced + _LINGER:
-            return self._group.wake()
+        if new and new == entries and time.monotonic() < self._synced + _LINGER:
+            return self._group.wake()  # with others, or alone when no others come
         written, self._written, self._synced = self._written, [], time.monotonic()
         try:
             self._file.sync()
-        except OSError as exc:  # to try again would prove nothing: the next start searches the log
+        except OSError as exc:  # to sync again would prove nothing: the next start searches the log
             self._fail(written, exc, give_up=0)
         else:
             self._outbox.delete(written)
@@ -848,7 +856,7 @@ class _Warnings:
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
-    return await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))  # the host's stay the host's
+    return await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True)
 
 
 # ---------------------------------------------------------------------------------------------------- log file
@@ -859,7 +867,7 @@ class _LogFile:
 
     def __init__(self, path: str | Path, fsync: bool, outbox: _Outbox) -> None:
         self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
-        self._file: io.FileIO | None = None  # open from a line to the next sync
+        self._files: list[io.FileIO] = []  # open from a line to the next sync; more than one only if it was renamed
         self._known = 0, 0  # its inode, and the size that we left
 
     def append(self, lines: list[str]) -> None:
@@ -889,24 +897,22 @@ class _LogFile:
 
     def _open(self) -> io.FileIO:
         with suppress(FileNotFoundError):
-            if self._file and os.stat(self._path).st_ino == self._known[0]:
-                return self._file
-        self.sync()
-        is_other = (
-            self._path.exists() and not self._path.is_file()
-        )  # a FIFO shall not be its own reader, nor wait for one
+            if self._files and os.stat(self._path).st_ino == self._known[0]:
+                return self._files[-1]
+        is_other = self._path.exists() and not self._path.is_file()
+        # A FIFO shall not be its own reader, nor wait for one.
         mode = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) if is_other else os.O_RDWR
         file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT, 0o600)
         if is_other:
             os.set_blocking(file, True)
-        self._file = io.FileIO(file, "a")
-        return self._file
+        self._files.append(io.FileIO(file, "a"))
+        return self._files[-1]
 
     def sync(self) -> None:
         """Have what was appended on the disk; raises OSError."""
-        if self._file:
-            with self._file as file:
-                self._file = None
+        with ExitStack() as files:
+            while self._files:
+                file = files.enter_context(self._files.pop())
                 if self._fsync and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     os.fsync(file.fileno())
 
@@ -922,6 +928,8 @@ class _LogFile:
                     if (inode := os.fstat(lines.fileno()).st_ino) not in seen:
                         seen.add(inode)
                         found.update(line[_ID] for line in lines if line[_ID] in wanted and line.endswith(b"\n"))
+                        if self._fsync and os.name == "posix":  # as who wrote them may have died before
+                            os.fsync(lines.fileno())
             if len(seen) == before:
                 break
         return {id.decode() for id in found}
