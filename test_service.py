@@ -1,4 +1,4 @@
-"""What DESIGN promises, seen from outside: over ASGI, in the log file, from the environment and from real processes.
+"""What the README promises, seen from outside: over ASGI, in the log, from the environment and from real processes.
 
 Run it with `python -m pytest`. TEST_BACKENDS=asyncio,trio runs what is asynchronous on both.
 """
@@ -14,7 +14,6 @@ import os
 import random
 import re
 import runpy
-import shlex
 import shutil
 import signal
 import socket
@@ -26,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from dataclasses import FrozenInstanceError, asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +43,8 @@ from starlette.routing import Mount, Route
 
 from service import Notification, create_app
 
+pytestmark = pytest.mark.anyio  # of what is asynchronous
+
 # -------------------------------------------------------------------------------------------------- helpers
 
 HERE = Path(__file__).resolve().parent
@@ -51,6 +52,7 @@ USER = "user@example.com"
 PATH = f"/send-notification/{USER}"
 TARGET = PATH.encode()
 AN_HOUR = 3600  # seconds of delay: longer than any test, so that what was acknowledged is still pending
+A_LINE = "2026-11-22T05:46:00.123Z {id} notification for user@example.com: one"
 LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (\S+) notification for ([^\s:]+): (.*)")
 
 
@@ -59,9 +61,31 @@ def anyio_backend(request):
     return request.param
 
 
+@pytest.fixture
+def log(tmp_path) -> Path:
+    return tmp_path / "log.txt"
+
+
+@pytest.fixture
+def outbox(tmp_path) -> Path:
+    return tmp_path / "outbox"
+
+
+@pytest.fixture
+def sent() -> list[Notification]:
+    """What the notifier was called with."""
+    return []
+
+
+@pytest.fixture
+def app(sent) -> Starlette:
+    """An app that keeps nothing."""
+    return create_app(sent.append, outbox=":memory:")
+
+
 def client(app, **options) -> httpx.AsyncClient:
     """A client of the app in this process. Its answers come when the background task is done."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=None, **options)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, **options), base_url="http://test", timeout=None)
 
 
 async def post(app, email=USER, path="/send-notification/", **options) -> httpx.Response:
@@ -75,11 +99,60 @@ async def health(app) -> dict:
         return (await http.get("/health")).json()
 
 
-def lifespan(app):
-    return app.router.lifespan_context(app)
+def counts(pending=0, failed=0) -> dict:
+    return {"status": "ok", "pending": pending, "failed": failed}
 
 
-async def drive(app, send, *incoming, path=PATH, headers=()):
+async def settled(app, **expected) -> None:
+    """Wait until /health counts so many, or else none."""
+
+    async def reached():
+        return await health(app) == counts(**expected)
+
+    await soon(reached)
+
+
+@asynccontextmanager
+async def lifespan(app):
+    async with app.router.lifespan_context(app):
+        yield app
+
+
+def as_async(function):
+    """The same as an `async def`: a notifier that runs on the loop, or an ASGI send."""
+
+    async def call(argument):
+        await anyio.lowlevel.checkpoint()
+        return function(argument)
+
+    return call
+
+
+def notifier(kind: str, sent: list):
+    """Of "def" and "async def", one that appends to the list; of "log", the default."""
+    return {"def": sent.append, "async def": as_async(sent.append), "log": None}[kind]
+
+
+class Gate:
+    """A notifier, `def` or on the loop, that lets nothing through until it is opened."""
+
+    def __init__(self):
+        self.came, self.sent = [], []
+        self._opened = threading.Event()
+        self.open = self._opened.set
+
+    def __call__(self, notification):
+        self.came.append(notification)
+        assert self._opened.wait(20)
+        self.sent.append(notification)
+
+    async def on_loop(self, notification):
+        self.came.append(notification)
+        await soon(self._opened.is_set, 20)
+        self.sent.append(notification)
+
+
+async def drive(app, send, *incoming):
     """Call the app as a server does, for what httpx does not show: each message as it is sent."""
     incoming = list(incoming or [{"type": "http.request"}])
 
@@ -91,7 +164,7 @@ async def drive(app, send, *incoming, path=PATH, headers=()):
         return message
 
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
-    scope |= {"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": list(headers)}
+    scope |= {"path": PATH, "raw_path": PATH.encode(), "query_string": b"", "root_path": "", "headers": []}
     await app(scope | {"client": ("test", 1), "server": ("test", 80)}, receive, send)
 
 
@@ -150,13 +223,18 @@ def warnings(caplog) -> list[str]:
 
 
 def cases(names: str, rows: dict):
-    return pytest.mark.parametrize(names, list(rows.values()), ids=list(rows))
+    return pytest.mark.parametrize(names, rows.values(), ids=rows)
+
+
+def shown(value) -> str:
+    """The id of a case that is its own name."""
+    return ascii(value)[:60]
 
 
 class Server:
     def __init__(self, process: subprocess.Popen, folder: Path, stderr: Path) -> None:
         self.process = process
-        self.log = folder / "log.txt"
+        self.log, self.outbox = folder / "log.txt", folder / "outbox"
         self.accepted: list[str] = []  # the ids of all that was acknowledged
         self._stderr = stderr
         self.port = 0
@@ -192,6 +270,9 @@ class Server:
         self.accepted += [id.decode() for id in re.findall(rb'\{"id":\s*"(\w+)"', received)]
         return received
 
+    def settled(self, **expected) -> None:
+        eventually(lambda: self.http.get("/health").json() == counts(**expected))
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(20)
@@ -203,27 +284,24 @@ class Server:
         self.process.wait()
 
 
+def environment(**settings) -> dict[str, str]:
+    """Ours, with these settings of the service and no others."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFY_")}
+    return env | {"PYTHONPATH": str(HERE)} | {f"NOTIFY_{name.upper()}": str(value) for name, value in settings.items()}
+
+
 @contextmanager
 def serve(folder: Path, *options: str, app="service:app", ready=True, quiet=True, **settings):
     """A uvicorn of its own process group, on a free port, with everything it writes in the folder.
 
     ready: wait for /health. quiet: there must be no traceback in what it wrote to stderr.
     """
-    env = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFY_")}
-    env |= {"PYTHONPATH": str(HERE), "NOTIFY_LOG": str(folder / "log.txt"), "NOTIFY_OUTBOX": str(folder / "outbox")}
-    env |= {f"NOTIFY_{name.upper()}": str(value) for name, value in settings.items()}
+    env = environment(**{"log": folder / "log.txt", "outbox": folder / "outbox"} | settings)
     command = [sys.executable, "-W", "error", "-m", "uvicorn", app, "--port", "0", "--ws", "none", "--no-access-log"]
+    where = {"cwd": folder, "env": env, "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     stderr = folder / f"stderr-{len(list(folder.glob('stderr-*')))}.txt"
     with stderr.open("wb") as file:
-        process = subprocess.Popen(
-            [*command, *options],
-            cwd=folder,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-            start_new_session=True,
-        )
+        process = subprocess.Popen([*command, *options], **where, stderr=file, start_new_session=True)
     server = Server(process, folder, stderr)
     try:
         if ready:
@@ -239,227 +317,116 @@ def serve(folder: Path, *options: str, app="service:app", ready=True, quiet=True
 
 # ---------------------------------------------------------------------------------------------------- rules
 
-GOOD_ADDRESSES = {
-    "plain": "user@example.com",
-    "plus": "user+tag@example.com",
-    "apostrophe": "o'brien@example.com",
-    "slash": "sales/emea@example.com",
-    "two slashes": "a//b@example.com",
-    "every sign": "!#$%&'*+/=?^_`{|}~-.@example.com",
-    "percent": "100%41@example.com",
-    "dots": "..user..@example.com",
-    "no dot in the domain": "root@localhost",
-    "digits": "1@2.3",
-    "case": "User@EXAMPLE.com",
-    "punycode": "user@xn--bcher-kva.example",
-    "64 before the @": "a" * 64 + "@example.com",
-    "a label of 63": f"user@{'a' * 63}.com",
-    "254 in all": f"user@{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 57}",
-}
-
-BAD_ADDRESSES = {
-    "no @": "user",
-    "nothing before the @": "@example.com",
-    "nothing after the @": "user@",
-    "two @": "user@example.com@example.com",
-    "two addresses": "user@example.com,root@example.com",
-    "a name": "User <user@example.com>",
-    "quoted": '"user"@example.com',
-    "an IP literal": "user@[127.0.0.1]",
-    "hyphen before a label": "user@-example.com",
-    "hyphen after a label": "user@example-.com",
-    "underscore in the domain": "user@exam_ple.com",
-    "dot before the domain": "user@.example.com",
-    "dot after the domain": "user@example.com.",
-    "empty label": "user@example..com",
-    "space before": " user@example.com",
-    "space after": "user@example.com ",
-    "space within": "us er@example.com",
-    "newline after": "user@example.com\n",
-    "newline and slash after": "user@example.com\n/",
-    "slash and newline after": "user@example.com/\n",
-    "newline before": "\nuser@example.com",
-    "CR LF and a line": "user@example.com\r\n2026-11-22T05:46:00.123Z 5f0c notification for a@b.c: forged",
-    "escaped newline": "user@example.com%0A",
-    "NUL": "user\0@example.com",
-    "ESC": "\x1b[31muser@example.com",
-    "U+2028": "user\u2028@example.com",
-    "U+0085 after": "user@example.com\x85",
-    "bidi override": "\u202euser@example.com",
-    "not ASCII before the @": "üser@example.com",
-    "not ASCII after the @": "user@exämple.com",
-    "a digit that is not ASCII": "user@example.c\u0661m",
-    "a letter that folds to ASCII": "user@example.\u212aom",
-    "65 before the @": "a" * 65 + "@example.com",
-    "a label of 64": f"user@{'a' * 64}.com",
-    "255 in all": f"user@{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 58}",
-    "3,000 characters": "a" * 3000 + "@example.com",
-    "3,000 after the @": "user@" + "a." * 1500 + "com",
-    "two slashes after": "user@example.com//",
-    "a path after": "user@example.com/health",
-}
+GOOD_ADDRESSES = [
+    "user@example.com", "User@EXAMPLE.com", "root@localhost", "1@2.3", "user@xn--bcher-kva.example",
+    "user+tag@example.com", "o'brien@example.com", "sales/emea@example.com", "a//b@example.com",
+    "..user..@example.com", "100%41@example.com", "!#$%&'*+/=?^_`{|}~-.@example.com",
+    "a" * 64 + "@example.com", f"user@{'a' * 63}.com",
+    f"user@{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 57}",  # 254 characters
+]  # fmt: skip
+BAD_ADDRESSES = [
+    "", "user", "@example.com", "user@", "user@example.com@example.com", "user@example.com,root@example.com",
+    "User <user@example.com>", '"user"@example.com', "user@[127.0.0.1]", "user@exam_ple.com",
+    "user@-example.com", "user@example-.com", "user@.example.com", "user@example.com.", "user@example..com",
+    " user@example.com", "user@example.com ", "us er@example.com", "user@example.com//", "user@example.com/health",
+    "user@example.com\n", "user@example.com\n/", "user@example.com/\n", "\nuser@example.com", "user@example.com%0A",
+    "user@example.com\r\n" + A_LINE, "user\0@example.com", "\x1b[31muser@example.com",
+    "user\u2028@example.com", "user@example.com\x85", "üser@example.com", "user@exämple.com",
+    "\u202euser@example.com",  # a bidirectional override
+    "user@example.c\u0661m", "user@example.\u212aom",  # a digit that is not ASCII, and a letter that folds to it
+    "a" * 65 + "@example.com", f"user@{'a' * 64}.com", "a" * 3000 + "@example.com", f"user@{'a.' * 1500}com",
+    f"user@{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 58}",  # 255 characters
+]  # fmt: skip
 
 
-@pytest.mark.anyio
-@cases("email", GOOD_ADDRESSES)
+@pytest.mark.parametrize("email", GOOD_ADDRESSES, ids=shown)
 @pytest.mark.parametrize("slash", ["", "/"], ids=["", "with a slash"])
-async def test_a_valid_address_is_accepted_as_it_is(email, slash):
-    sent = []
-    response = await post(create_app(sent.append, outbox=":memory:"), email + slash)
+async def test_a_valid_address_is_accepted_as_it_is(app, sent, email, slash):
+    response = await post(app, email + slash)
     assert (response.status_code, [n.email for n in sent]) == (202, [email])
 
 
-@pytest.mark.anyio
-@cases("email", BAD_ADDRESSES)
-async def test_anything_but_one_whole_address_is_refused(email):
-    sent = []
-    response = await post(create_app(sent.append, outbox=":memory:"), email)
-    refusal(response, 422)
+@pytest.mark.parametrize("email", BAD_ADDRESSES, ids=shown)
+async def test_anything_but_one_whole_address_is_refused(app, sent, email):
+    refusal(await post(app, email), 422)
     assert sent == []
 
 
-@pytest.mark.anyio
-async def test_no_address_is_refused():
-    assert (await post(create_app(outbox=":memory:"), "")).status_code in (404, 422)
+JSON = {"content-type": "application/json"}
+BODY = b'{"message": "hi"}'
+
+
+class Chunks:
+    """A body of no known length."""
+
+    def __init__(self, *parts: bytes):
+        self.parts = parts
+
+    async def __aiter__(self):
+        for part in self.parts:
+            yield part
 
 
 GOOD_BODIES = {
-    "none": (b"", "some notification"),
-    "empty object": (b"{}", "some notification"),
-    "white space around": (b' \r\n\t{"message" : "hi"} \n', "hi"),
-    "empty message": (b'{"message": ""}', ""),
-    "10,000 characters": (b'{"message": "%s"}' % (b"x" * 10_000), "x" * 10_000),
-    "10,000 characters of four bytes": (b'{"message": "%s"}' % ("😀" * 10_000).encode(), "😀" * 10_000),
-    "10,000 escaped characters": (b'{"message": "%s"}' % (b"\\u0001" * 10_000), "\1" * 10_000),
-    "surrogate pair": (b'{"message": "\\ud83d\\ude00"}', "😀"),
-    "noncharacter": (b'{"message": "\\uffff"}', "\uffff"),
-    "64 KiB": (b'{"message": "hi"}'.ljust(64 * 1024), "hi"),
+    "none": (JSON, b"", "some notification"),
+    "none of another type": ({"content-type": "text/plain"}, b"", "some notification"),
+    "empty object": (JSON, b"{}", "some notification"),
+    "white space around": (JSON, b' \r\n\t{"message" : "hi"} \n', "hi"),
+    "empty message": (JSON, b'{"message": ""}', ""),
+    "10,000 characters": (JSON, b'{"message": "%s"}' % (b"x" * 10_000), "x" * 10_000),
+    "10,000 characters of four bytes": (JSON, b'{"message": "%s"}' % ("😀" * 10_000).encode(), "😀" * 10_000),
+    "10,000 escaped characters": (JSON, b'{"message": "%s"}' % (b"\\u0001" * 10_000), "\1" * 10_000),
+    "surrogate pair": (JSON, b'{"message": "\\ud83d\\ude00"}', "😀"),
+    "noncharacter": (JSON, b'{"message": "\\uffff"}', "\uffff"),
+    "64 KiB": (JSON, BODY.ljust(64 * 1024), "hi"),
+    "in chunks": (JSON, Chunks(b'{"mess', b"", b'age": "hi"}'), "hi"),
+    "type in capitals": ({"content-type": "Application/JSON"}, BODY, "hi"),
+    "type with a charset": ({"content-type": "application/json; charset=utf-8"}, BODY, "hi"),
+    "type with a parameter": ({"content-type": "application/json;x=y"}, BODY, "hi"),
 }
 
-MALFORMED_BODIES = {
-    "cut off": b'{"message": "hi"',
-    "more after it": b'{"message": "hi"} {}',
-    "white space alone": b" ",
-    "single quotes": b"{'message': 'hi'}",
-    "trailing comma": b'{"message": "hi",}',
-    "bare newline in a string": b'{"message": "a\nb"}',
-    "bad escape": b'{"message": "\\x41"}',
-    "NUL": b"\0",
-    "bad UTF-8": b'{"message": "\xff"}',
-    "surrogate in UTF-8": b'{"message": "\xed\xa0\x80"}',
-    "overlong UTF-8": b'{"message": "\xc0\xaf"}',
-    "Latin-1": '{"message": "é"}'.encode("latin-1"),
-    "UTF-16": '{"message": "hi"}'.encode("utf-16"),
-    "UTF-16 without a mark": '{"message": "hi"}'.encode("utf-16-le"),
-    "UTF-32": '{"message": "hi"}'.encode("utf-32"),
-    "byte order mark": b'\xef\xbb\xbf{"message": "hi"}',
-    "NaN": b'{"message": NaN}',
-    "Infinity": b'{"message": -Infinity}',
-    "30,000 brackets": b"[" * 30_000,
-    "30,000 brackets closed again": b"[" * 30_000 + b"]" * 30_000,
-    "10,000 nested objects": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
-    "form": b"message=hi",
-}
-
-WRONG_BODIES = {
-    "null": b"null",
-    "true": b"true",
-    "number": b"1",
-    "6,000 digits": b"1" * 6000,
-    "string": b'"message"',
-    "array": b"[]",
-    "array of one object": b'[{"message": "hi"}]',
-    "message null": b'{"message": null}',
-    "message true": b'{"message": true}',
-    "message number": b'{"message": 1}',
-    "message of 6,000 digits": b'{"message": %s}' % (b"1" * 6000),
-    "message number without end": b'{"message": 1e999}',
-    "message array": b'{"message": ["hi"]}',
-    "message object": b'{"message": {}}',
-    "unknown key": b'{"massage": "hi"}',
-    "key in capitals": b'{"Message": "hi"}',
-    "empty key": b'{"": "hi"}',
-    "surrogate for a key": b'{"\\ud800": "hi"}',
-    "one key too many": b'{"message": "hi", "id": "1"}',
-    "10,001 characters": b'{"message": "%s"}' % (b"x" * 10_001),
-    "lone high surrogate": b'{"message": "\\ud800"}',
-    "lone low surrogate": b'{"message": "a\\udc00b"}',
-    "surrogates in the wrong order": b'{"message": "\\ude00\\ud83d"}',
-}
-
-JSON = {"content-type": "application/json"}
+MALFORMED_BODIES = [
+    b" ", b"\0", b"message=hi", b"{'message': 'hi'}", b'{"message": "hi"', b'{"message": "hi"} {}',
+    b'{"message": "hi",}', b'{"message": "a\nb"}', b'{"message": "\\x41"}', b'{"message": NaN}',
+    b'{"message": -Infinity}', b'{"message": "\xff"}', b'{"message": "\xc0\xaf"}',  # bad and overlong UTF-8
+    b'{"message": "\xed\xa0\x80"}', b'\xef\xbb\xbf{"message": "hi"}',  # a surrogate in UTF-8, a byte order mark
+    '{"message": "é"}'.encode("latin-1"), *(BODY.decode().encode(f"utf-{kind}") for kind in ("16", "16-le", "32")),
+    b"[" * 30_000, b"[" * 30_000 + b"]" * 30_000, b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+]  # fmt: skip
+WRONG_BODIES = [
+    b"null", b"true", b"1", b"1" * 6000, b'"message"', b"[]", b'[{"message": "hi"}]',
+    b'{"message": null}', b'{"message": true}', b'{"message": 1}', b'{"message": 1e999}',
+    b'{"message": %s}' % (b"1" * 6000), b'{"message": ["hi"]}', b'{"message": {}}',
+    b'{"massage": "hi"}', b'{"Message": "hi"}', b'{"": "hi"}', b'{"\\ud800": "hi"}', b'{"message": "hi", "id": "1"}',
+    b'{"message": "\\ud800"}', b'{"message": "a\\udc00b"}', b'{"message": "\\ude00\\ud83d"}',  # lone surrogates
+    b'{"message": "%s"}' % (b"x" * 10_001),
+]  # fmt: skip
+REFUSED_BODIES = [(400, body) for body in MALFORMED_BODIES] + [(422, body) for body in WRONG_BODIES]
 
 
-@pytest.mark.anyio
-@cases("body, message", GOOD_BODIES)
-async def test_a_body_is_optional_and_holds_a_message_of_up_to_10000_characters(body, message):
-    sent = []
-    response = await post(create_app(sent.append, outbox=":memory:"), content=body, headers=JSON)
+@cases("headers, body, message", GOOD_BODIES)
+async def test_a_body_is_optional_and_holds_a_message_of_up_to_10000_characters(app, sent, headers, body, message):
+    response = await post(app, content=body, headers=headers)
     assert (response.status_code, [n.message for n in sent]) == (202, [message])
 
 
-@pytest.mark.anyio
-@cases(
-    "body, status", {n: (b, 400) for n, b in MALFORMED_BODIES.items()} | {n: (b, 422) for n, b in WRONG_BODIES.items()}
-)
-async def test_any_other_body_is_refused(body, status):
-    sent = []
-    app = create_app(sent.append, outbox=":memory:")
+@pytest.mark.parametrize(("status", "body"), REFUSED_BODIES, ids=shown)
+async def test_any_other_body_is_refused(app, sent, status, body):
     refusal(await post(app, content=body, headers=JSON), status)
-    assert (sent, (await health(app))["pending"]) == ([], 0)
+    assert (sent, await health(app)) == ([], counts())
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    "media", ["application/json", "Application/JSON", "application/json; charset=utf-8", "application/json;x=y"]
-)
-async def test_json_may_be_named_in_any_case_and_with_parameters(media):
-    sent = []
-    await post(
-        create_app(sent.append, outbox=":memory:"), content=b'{"message": "hi"}', headers={"content-type": media}
-    )
-    assert [n.message for n in sent] == ["hi"]
+AS_THEY_ARE = ["some notification", "", "é 世界 😀", "a: b: c", " a "]
+ESCAPED = [
+    r"a\nb", r"a\r\nb", r"C:\\new", r"\\n", r"\x00", r"\x1b[31mred", r"\x7f", r"\x85", r"a\xa0b", r"a\u2028b",
+    r"\xad", r"\u202egnp.exe", r"\ufeffhi", r"\ue000", r"\U000e0041", r"\U0010ffff",  # invisible, or misleading
+    rf"x\n{A_LINE}",
+]  # fmt: skip
 
 
-@pytest.mark.anyio
-async def test_without_a_body_the_content_type_does_not_matter():
-    response = await post(create_app(lambda n: None, outbox=":memory:"), headers={"content-type": "text/plain"})
-    assert response.status_code == 202
-
-
-ESCAPES = {
-    "plain": ("some notification", "some notification"),
-    "empty": ("", ""),
-    "printable beyond ASCII": ("é 世界 😀", "é 世界 😀"),
-    "colons": ("a: b: c", "a: b: c"),
-    "newline": ("a\nb", r"a\nb"),
-    "CR LF": ("a\r\nb", r"a\r\nb"),
-    "backslash": ("C:\\new", r"C:\\new"),
-    "what looks like an escape": ("\\n", r"\\n"),
-    "NUL": ("\0", r"\x00"),
-    "ESC": ("\x1b[31mred", r"\x1b[31mred"),
-    "DEL": ("\x7f", r"\x7f"),
-    "next line": ("\x85", r"\x85"),
-    "no-break space": ("a\xa0b", r"a\xa0b"),
-    "soft hyphen": ("\xad", r"\xad"),
-    "U+2028": ("a\u2028b", r"a\u2028b"),
-    "bidi override": ("\u202egnp.exe", r"\u202egnp.exe"),
-    "byte order mark": ("\ufeffhi", r"\ufeffhi"),
-    "private use": ("\ue000", r"\ue000"),
-    "tag character": ("\U000e0041", r"\U000e0041"),
-    "noncharacter": ("\U0010ffff", r"\U0010ffff"),
-    "spaces at the ends": (" a ", " a "),
-    "a whole forged line": (
-        "x\n2026-11-22T05:46:00.123Z 5f0c notification for root@example.com: forged",
-        r"x\n2026-11-22T05:46:00.123Z 5f0c notification for root@example.com: forged",
-    ),
-}
-
-
-@pytest.mark.anyio
-@cases("message, written", ESCAPES)
-async def test_a_notification_is_one_line_that_can_be_read_back_exactly(tmp_path, message, written):
-    log = tmp_path / "log.txt"
+@pytest.mark.parametrize("written", AS_THEY_ARE + ESCAPED)
+async def test_a_notification_is_one_line_that_can_be_read_back_exactly(log, written):
+    message = written if written in AS_THEY_ARE else written.encode().decode("unicode_escape")
     before = datetime.now(UTC)
     response = await post(create_app(log=log, outbox=":memory:"), "o'brien+x/y@example.com", json={"message": message})
     after = datetime.now(UTC)
@@ -469,15 +436,14 @@ async def test_a_notification_is_one_line_that_can_be_read_back_exactly(tmp_path
     assert read(log) == [Notification(id, email, message, at)]
 
 
-@pytest.mark.anyio
-async def test_any_text_can_be_read_back_from_the_log(tmp_path):
+async def test_any_text_can_be_read_back_from_the_log(log):
     chance = random.Random(5)
     planes = [range(0x20), range(0x20, 0x80), range(0x80, 0x3000), range(0xE000, 0x10000), range(0x10000, 0x110000)]
     texts = ["".join(chr(chance.choice(chance.choice(planes))) for _ in range(30)) for _ in range(100)]
-    app = create_app(log=tmp_path / "log.txt", outbox=":memory:")
+    app = create_app(log=log, outbox=":memory:")
     for text in texts:
         await post(app, json={"message": text})
-    assert [n.message for n in read(tmp_path / "log.txt")] == texts
+    assert [n.message for n in read(log)] == texts
 
 
 def test_a_notification_is_frozen():
@@ -487,7 +453,7 @@ def test_a_notification_is_frozen():
         notification.id = "2"
 
 
-REFUSED_KEYWORDS = {
+KEYWORDS = {
     "delay": [-1, -0.001, math.nan, math.inf, "soon", "1", None, True],
     "concurrency": [0, -1, 1.5, math.inf, "many", None, True],
     "max_pending": [0, -1, 1.5, "many", None, False],
@@ -497,8 +463,7 @@ REFUSED_KEYWORDS = {
     "outbox": ["", None, 5],
     "notify": ["print", 5, [print]],
 }
-
-REFUSED_VARIABLES = {
+VARIABLES = {
     "NOTIFY_DELAY": ["soon", "", "-1", "nan", "inf", "1s"],
     "NOTIFY_CONCURRENCY": ["many", "", "0", "-1", "1.5"],
     "NOTIFY_MAX_PENDING": ["many", "", "0", "-1", "1e4"],
@@ -509,176 +474,96 @@ REFUSED_VARIABLES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name in REFUSED_KEYWORDS for value in REFUSED_KEYWORDS[name]]
-)
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in KEYWORDS for value in KEYWORDS[name]])
 def test_a_keyword_that_makes_no_sense_is_refused_by_its_name(name, value):
     with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b.*{re.escape(repr(value))}"):
         create_app(**{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name in REFUSED_VARIABLES for value in REFUSED_VARIABLES[name]]
-)
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in VARIABLES for value in VARIABLES[name]])
 def test_a_variable_that_makes_no_sense_is_refused_by_its_name(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    shown = re.escape(repr(value)[1:-1]) or "''"
-    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b.*(?<!\w){shown}(?!\w)"):
+    told = re.escape(repr(value)[1:-1]) or "''"
+    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b.*(?<!\w){told}(?!\w)"):
         runpy.run_path(str(HERE / "service.py"))
 
 
 # ----------------------------------------------------------------------------------------- HTTP in process
 
 TOKEN = {"authorization": "Bearer s3cret"}
-
-
-async def chunks(size: int, *, each: int = 1000):
-    for start in range(0, size, each):
-        yield b" " * min(each, size - start)
-
-
+BAD_KEYS = ["", "k" * 256, b"a\x7f", b"a\tb", b"a\n", "ключ".encode(), b"cl\xe9"]
+BAD_TOKENS = [
+    "", "Bearer", "s3cret", "Basic s3cret", "Bearer secret", "Bearer s3c", "Bearer s3crets3cret",
+    "Bearer ключ".encode(), b"Bearer s3cr\xe9t", bytes(range(128, 256)),
+]  # fmt: skip
+BAD_TYPES = ["", "text/plain", "application/jsonl", "x/y;application/json", b"application/json\xe9"]
+NO_PATHS = ["/", "/nothing", "/healthy", "/health/ok", "/health//", "/health%0A", "/health/%0A", "/openapi.json%0A"]
+NO_METHODS = [(method, PATH) for method in ("GET", "PUT", "DELETE", "OPTIONS", "BREW")]
+NO_METHODS += [("POST", "/health"), ("POST", "/openapi.json")]
 ERRORS = {
-    "400 malformed JSON": (400, "POST", PATH, {"content": b"{", "headers": TOKEN | JSON}),
-    "400 empty key": (400, "POST", PATH, {"headers": TOKEN | {"idempotency-key": ""}}),
-    "400 key of 256": (400, "POST", PATH, {"headers": TOKEN | {"idempotency-key": "k" * 256}}),
-    "400 key with DEL": (400, "POST", PATH, {"headers": TOKEN | {"idempotency-key": b"a\x7f"}}),
-    "400 key with a tab": (400, "POST", PATH, {"headers": TOKEN | {"idempotency-key": b"a\tb"}}),
-    "400 key with a newline": (400, "POST", PATH, {"headers": TOKEN | {"idempotency-key": b"a\n"}}),
-    "400 key in UTF-8": (400, "POST", PATH, {"headers": TOKEN | {"idempotency-key": "ключ".encode()}}),
-    "400 key in Latin-1": (400, "POST", PATH, {"headers": TOKEN | {"idempotency-key": b"cl\xe9"}}),
-    "401 no token": (401, "POST", PATH, {}),
-    "401 empty": (401, "POST", PATH, {"headers": {"authorization": ""}}),
-    "401 scheme alone": (401, "POST", PATH, {"headers": {"authorization": "Bearer"}}),
-    "401 no scheme": (401, "POST", PATH, {"headers": {"authorization": "s3cret"}}),
-    "401 another scheme": (401, "POST", PATH, {"headers": {"authorization": "Basic s3cret"}}),
-    "401 another token": (401, "POST", PATH, {"headers": {"authorization": "Bearer secret"}}),
-    "401 half the token": (401, "POST", PATH, {"headers": {"authorization": "Bearer s3c"}}),
-    "401 twice the token": (401, "POST", PATH, {"headers": {"authorization": "Bearer s3crets3cret"}}),
-    "401 in UTF-8": (401, "POST", PATH, {"headers": {"authorization": "Bearer ключ".encode()}}),
-    "401 in Latin-1": (401, "POST", PATH, {"headers": {"authorization": b"Bearer s3cr\xe9t"}}),
-    "401 all bytes": (401, "POST", PATH, {"headers": {"authorization": bytes(range(128, 256))}}),
-    "404 root": (404, "GET", "/", {}),
-    "404 unknown": (404, "GET", "/nothing", {}),
-    "404 no address": (404, "POST", "/send-notification", {}),
-    "404 longer": (404, "GET", "/healthy", {}),
-    "404 deeper": (404, "GET", "/health/ok", {}),
-    "404 two slashes": (404, "GET", "/health//", {}),
-    "404 newline": (404, "GET", "/health%0A", {}),
-    "404 slash and newline": (404, "GET", "/health/%0A", {}),
-    "404 newline after the document": (404, "GET", "/openapi.json%0A", {}),
-    "404 capitals": (404, "POST", "/Send-Notification/user@example.com", {"headers": TOKEN}),
-    "405 GET": (405, "GET", PATH, {}),
-    "405 PUT": (405, "PUT", PATH, {"headers": TOKEN}),
-    "405 DELETE": (405, "DELETE", PATH, {"headers": TOKEN}),
-    "405 OPTIONS": (405, "OPTIONS", PATH, {}),
-    "405 unheard of": (405, "BREW", PATH, {}),
-    "405 health": (405, "POST", "/health", {}),
-    "405 document": (405, "POST", "/openapi.json", {}),
-    "413 with a length": (413, "POST", PATH, {"content": b" " * (64 * 1024 + 1), "headers": TOKEN | JSON}),
-    "413 in chunks": (
-        413,
-        "POST",
-        PATH,
-        {"content": functools.partial(chunks, 64 * 1024 + 1), "headers": TOKEN | JSON},
-    ),
-    "415 none": (415, "POST", PATH, {"content": b"{}", "headers": TOKEN}),
-    "415 text": (415, "POST", PATH, {"content": b"{}", "headers": TOKEN | {"content-type": "text/plain"}}),
-    "415 form": (415, "POST", PATH, {"data": {"message": "hi"}, "headers": TOKEN}),
-    "415 longer": (415, "POST", PATH, {"content": b"{}", "headers": TOKEN | {"content-type": "application/jsonl"}}),
-    "415 in a parameter": (
-        415,
-        "POST",
-        PATH,
-        {"content": b"{}", "headers": TOKEN | {"content-type": "x/y;application/json"}},
-    ),
-    "415 not ASCII": (
-        415,
-        "POST",
-        PATH,
-        {"content": b"{}", "headers": TOKEN | {"content-type": b"application/json\xe9"}},
-    ),
-    "422 address": (422, "POST", "/send-notification/user", {"headers": TOKEN}),
-    "422 body": (422, "POST", PATH, {"json": {"message": 1}, "headers": TOKEN}),
+    "400 malformed JSON": (400, "POST", PATH, TOKEN | JSON, b"{"),
+    **{f"400 key {shown(key)}": (400, "POST", PATH, TOKEN | {"idempotency-key": key}, b"") for key in BAD_KEYS},
+    "401 no token": (401, "POST", PATH, {}, b""),
+    **{f"401 {shown(value)}": (401, "POST", PATH, {"authorization": value}, b"") for value in BAD_TOKENS},
+    "404 no address": (404, "POST", "/send-notification", {}, b""),
+    "404 capitals": (404, "POST", "/Send-Notification/user@example.com", TOKEN, b""),
+    **{f"404 {path}": (404, "GET", path, {}, b"") for path in NO_PATHS},
+    **{f"405 {method} {path}": (405, method, path, {}, b"") for method, path in NO_METHODS},
+    "413 with a length": (413, "POST", PATH, TOKEN | JSON, b" " * (64 * 1024 + 1)),
+    "413 in chunks": (413, "POST", PATH, TOKEN | JSON, Chunks(*[b" " * 1024] * 64, b" ")),
+    "415 no type": (415, "POST", PATH, TOKEN, BODY),
+    "415 form": (415, "POST", PATH, TOKEN | {"content-type": "application/x-www-form-urlencoded"}, b"message=hi"),
+    **{f"415 {shown(media)}": (415, "POST", PATH, TOKEN | {"content-type": media}, BODY) for media in BAD_TYPES},
+    "422 address": (422, "POST", "/send-notification/user", TOKEN, b""),
+    "422 body": (422, "POST", PATH, TOKEN | JSON, b'{"message": 1}'),
 }
 ALLOWED = {"/health": {"GET", "HEAD"}, "/openapi.json": {"GET"}, PATH: {"POST"}}
 
 
-@pytest.mark.anyio
-@pytest.mark.filterwarnings(
-    "ignore:Async generator '(httpx|test_service):ResourceWarning"
-)  # a body left unread, on trio
-@cases("status, method, path, options", ERRORS)
-async def test_every_error_is_one_sentence_of_json_and_leaves_nothing_behind(status, method, path, options):
-    sent = []
+@pytest.mark.filterwarnings("ignore:Async generator '(httpx|test_service):ResourceWarning")  # a body unread, on trio
+@cases("status, method, path, headers, body", ERRORS)
+async def test_every_error_is_one_sentence_of_json_and_leaves_nothing_behind(sent, status, method, path, headers, body):
     app = create_app(sent.append, outbox=":memory:", token="s3cret")
-    if callable(content := options.get("content")):
-        options = options | {"content": content()}
     async with client(app) as http:
-        response = await http.request(method, path, **options)
-        refusal(response, status)
-        assert (sent, (await http.get("/health")).json()["pending"]) == ([], 0)
+        response = await http.request(method, path, headers=headers, content=body)
+    refusal(response, status)
+    assert (sent, await health(app)) == ([], counts())
     assert (response.headers.get("www-authenticate") == "Bearer") == (status == 401)
     if status == 405:
         assert {word.strip() for word in response.headers["allow"].split(",")} >= ALLOWED[path]
 
 
-@pytest.mark.anyio
-async def test_a_chunked_body_needs_no_length():
-    async def body():
-        yield b'{"mess'
-        yield b""
-        yield b'age": "hi"}'
-
-    sent = []
-    response = await post(create_app(sent.append, outbox=":memory:"), content=body(), headers=JSON)
-    assert (response.status_code, [n.message for n in sent]) == (202, ["hi"])
-
-
-@pytest.mark.anyio
-async def test_what_breaks_within_is_a_500_that_shows_nothing_of_it():
+async def test_what_breaks_within_is_a_500_that_shows_nothing_of_it(app):
     messages = []
-
-    async def send(message):
-        messages.append(message)
-
     with pytest.raises(RuntimeError, match="secret"):  # for the server's log
-        await drive(create_app(outbox=":memory:"), send, RuntimeError("secret"))
+        await drive(app, as_async(messages.append), RuntimeError("secret"))
     start, body = messages
     response = httpx.Response(start["status"], headers=start["headers"], content=body["body"])
     assert "secret" not in refusal(response, 500)
 
 
-@pytest.mark.anyio
-async def test_a_client_that_leaves_in_mid_body_is_no_error_and_notifies_nobody():
-    sent, messages = [], []
-
-    async def send(message):
-        messages.append(message)
-
+async def test_a_client_that_leaves_in_mid_body_is_no_error_and_notifies_nobody(app, sent):
+    messages = []
     part = {"type": "http.request", "body": b'{"message": ', "more_body": True}
-    await drive(create_app(sent.append, outbox=":memory:"), send, part, {"type": "http.disconnect"})
+    await drive(app, as_async(messages.append), part, {"type": "http.disconnect"})
     assert sent == []
     assert all(message.get("status", 0) < 500 for message in messages)
 
 
-@pytest.mark.anyio
-async def test_the_answer_names_the_notification():
-    sent = []
-    response = await post(create_app(sent.append, outbox=":memory:"), json={"message": "hi"})
+async def test_the_answer_names_the_notification(app, sent):
+    response = await post(app, json={"message": "hi"})
     assert response.headers["content-type"] == "application/json"
     assert response.json() == {"id": sent[0].id, "message": "Notification sent in the background"}
     assert asdict(sent[0]) == {"id": sent[0].id, "email": USER, "message": "hi", "accepted_at": sent[0].accepted_at}
     assert datetime.fromisoformat(sent[0].accepted_at).tzinfo is not None
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize("authorization", ["Bearer s3cret", "bearer s3cret", "BEARER s3cret"])
-async def test_the_token_opens_post_in_any_case_of_its_scheme(authorization):
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+async def test_the_token_opens_post_in_any_case_of_its_scheme(scheme):
     app = create_app(lambda n: None, outbox=":memory:", token="s3cret")
-    assert (await post(app, headers={"authorization": authorization})).status_code == 202
+    assert (await post(app, headers={"authorization": f"{scheme} s3cret"})).status_code == 202
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("path", ["/health", "/health/", "/openapi.json", "/openapi.json/"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_health_and_document_want_no_token(method, path):
@@ -686,58 +571,45 @@ async def test_health_and_document_want_no_token(method, path):
         assert (await http.request(method, path)).status_code == 200
 
 
-@pytest.mark.anyio
-async def test_health_counts_what_is_pending_and_what_failed(tmp_path):
-    gate = threading.Event()
+async def test_health_counts_what_is_pending_and_what_failed(outbox):
+    gate = Gate()
 
     def notify(notification):
         if notification.message == "bad":
             raise RuntimeError
-        gate.wait(20)
+        gate(notification)
 
-    app = create_app(notify, outbox=tmp_path / "outbox")
-    assert await health(app) == {"status": "ok", "pending": 0, "failed": 0}
+    app = create_app(notify, outbox=outbox)
+    assert await health(app) == counts()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(post, app)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 1, "failed": 0}))
+        await settled(app, pending=1)
         await post(app, json={"message": "bad"})
-        assert await health(app) == {"status": "ok", "pending": 2, "failed": 1}
-        gate.set()
-    assert await health(app) == {"status": "ok", "pending": 1, "failed": 1}
+        assert await health(app) == counts(pending=2, failed=1)
+        gate.open()
+    assert await health(app) == counts(pending=1, failed=1)
 
 
-async def _is(answer, expected):
-    return await answer == expected
-
-
-@pytest.mark.anyio
 async def test_past_max_pending_the_answer_is_503_until_there_is_room():
-    gate, sent = threading.Event(), []
-
-    def notify(notification):
-        gate.wait(20)
-        sent.append(notification.id)
-
-    app = create_app(notify, outbox=":memory:", max_pending=2)
+    gate = Gate()
+    app = create_app(gate, outbox=":memory:", max_pending=2)
     async with anyio.create_task_group() as tasks:
         for _ in range(2):
             tasks.start_soon(post, app)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 2, "failed": 0}))
+        await settled(app, pending=2)
         response = await post(app)
         refusal(response, 503)
         assert int(response.headers["retry-after"]) > 0
-        gate.set()
+        gate.open()
     assert (await post(app)).status_code == 202
-    assert len(sent) == 3
+    assert len(gate.sent) == 3
 
 
 KEY = {"idempotency-key": "order 66!"}
 
 
-@pytest.mark.anyio
-async def test_the_same_key_and_content_get_the_same_answer_and_notify_once(tmp_path):
-    sent = []
-    app = create_app(sent.append, outbox=tmp_path / "outbox")
+async def test_the_same_key_and_content_get_the_same_answer_and_notify_once(outbox, sent):
+    app = create_app(sent.append, outbox=outbox)
     first = await post(app, headers=KEY)
     second = await post(app, headers=KEY, json={"message": "some notification"})
     assert (first.status_code, second.status_code, first.json()) == (202, 202, second.json())
@@ -746,46 +618,33 @@ async def test_the_same_key_and_content_get_the_same_answer_and_notify_once(tmp_
     assert [n.id for n in sent] == [first.json()["id"]]
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("email", "message"), [(USER, "other"), ("other@example.com", "hi"), ("other@example.com", "other")]
-)
-async def test_the_same_key_with_other_content_is_refused(email, message):
-    sent = []
-    app = create_app(sent.append, outbox=":memory:")
+@pytest.mark.parametrize(("email", "message"), [(USER, "other"), ("a@b.c", "hi"), ("a@b.c", "other")])
+async def test_the_same_key_with_other_content_is_refused(app, sent, email, message):
     await post(app, headers=KEY, json={"message": "hi"})
     refusal(await post(app, email, headers=KEY, json={"message": message}), 422)
     assert [(n.email, n.message) for n in sent] == [(USER, "hi")]
-    assert (await health(app))["pending"] == 0
+    assert await health(app) == counts()
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    "key", ["k", ' ~!"#' * 50, "k" * 255, "%0A", "' OR 1=1 --"], ids=["1", "signs", "255", "%", "SQL"]
-)
-async def test_a_key_is_up_to_255_printable_ascii_characters(key):
-    app = create_app(lambda n: None, outbox=":memory:")
+@cases("key", {"1": "k", "signs": ' ~!"#' * 50, "255": "k" * 255, "%": "%0A", "SQL": "' OR 1=1 --"})
+async def test_a_key_is_up_to_255_printable_ascii_characters(app, key):
     first, second = [await post(app, headers={"idempotency-key": key}) for _ in range(2)]
     assert first.json() == second.json()
     assert (await post(app, headers={"idempotency-key": key[:-1] + "?"})).json() != first.json()
 
 
-@pytest.mark.anyio
-async def test_without_a_key_the_same_again_is_another_notification():
-    sent = []
-    app = create_app(sent.append, outbox=":memory:")
+async def test_without_a_key_the_same_again_is_another_notification(app, sent):
     answers = [(await post(app)).json()["id"] for _ in range(3)]
     assert len(set(answers)) == 3
     assert [n.id for n in sent] == answers
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("way", ["by the relay", "by the next request with a key"])
-async def test_a_key_is_forgotten_after_24_hours(tmp_path, way):
-    app = create_app(lambda n: None, outbox=tmp_path / "outbox")
+async def test_a_key_is_forgotten_after_24_hours(outbox, way):
+    app = create_app(lambda n: None, outbox=outbox)
 
     def keys(seconds=0):
-        with closing(sqlite3.connect(tmp_path / "outbox" / "outbox.db")) as db, db:
+        with closing(sqlite3.connect(outbox / "outbox.db")) as db, db:
             db.execute("UPDATE keys SET at = at - ?", (seconds,))
             return db.execute("SELECT count(*) FROM keys").fetchone()[0]
 
@@ -794,23 +653,20 @@ async def test_a_key_is_forgotten_after_24_hours(tmp_path, way):
     assert (await post(app, headers=KEY)).json() == first
     keys(seconds=120)
     if way == "by the relay":
-        async with lifespan(create_app(outbox=tmp_path / "outbox")):
+        async with lifespan(create_app(outbox=outbox)):
             await soon(lambda: keys() == 0)
     assert (await post(app, headers=KEY)).json() != first
 
 
-@pytest.mark.anyio
-async def test_a_refused_request_does_not_use_up_its_key():
-    app = create_app(lambda n: None, outbox=":memory:")
+async def test_a_refused_request_does_not_use_up_its_key(app):
     refusal(await post(app, headers=KEY, json={"message": 1}), 422)
     response = await post(app, headers=KEY)
     assert (response.status_code, response.headers.get("idempotent-replayed")) == (202, None)
 
 
-@pytest.mark.anyio
-async def test_eight_at_once_with_one_key_notify_once(tmp_path):
-    sent, answers = [], []
-    apps = [create_app(sent.append, outbox=tmp_path / "outbox") for _ in range(2)]
+async def test_eight_at_once_with_one_key_notify_once(outbox, sent):
+    answers = []
+    apps = [create_app(sent.append, outbox=outbox) for _ in range(2)]
 
     async def ask(app):
         answers.append(await post(app, headers=KEY))
@@ -830,48 +686,35 @@ async def document(anyio_backend):
         return (await http.get("/openapi.json")).json()
 
 
-@pytest.mark.anyio
-async def test_the_document_tells_every_route_and_answer(document):
+async def test_the_document_tells_every_route_body_header_and_answer(document):
     assert document["openapi"].startswith("3.1.")
     assert document["info"].keys() >= {"title", "version"}
-    answers = {
-        (method.upper(), path): set(operation["responses"])
-        for path, methods in document["paths"].items()
-        for method, operation in methods.items()
+    paths = document["paths"]
+    operations = {f"{method} {path}": paths[path][method] for path in paths for method in paths[path]}
+    sending = operations.pop("post /send-notification/{email}")
+    assert {name: set(operation["responses"]) for name, operation in operations.items()} == {
+        "get /health": {"200", "404", "405", "503", "500"},
+        "head /health": {"200", "404", "405", "503", "500"},
+        "get /openapi.json": {"200", "404", "405", "500"},
     }
-    assert answers.keys() == {
-        ("POST", "/send-notification/{email}"),
-        ("GET", "/health"),
-        ("HEAD", "/health"),
-        ("GET", "/openapi.json"),
-    }
-    sending = answers["POST", "/send-notification/{email}"]
-    assert sending == {"202", "400", "401", "404", "405", "413", "415", "422", "503", "500"}
-    assert answers["GET", "/health"] == {"200", "404", "405", "503", "500"}
-    assert answers["GET", "/openapi.json"] == {"200", "404", "405", "500"}
-
-
-@pytest.mark.anyio
-async def test_the_document_tells_the_body_and_the_headers(document):
-    operation = document["paths"]["/send-notification/{email}"]["post"]
-    assert not operation["requestBody"].get("required", False)
-    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert not sending["requestBody"].get("required", False)
+    schema = sending["requestBody"]["content"]["application/json"]["schema"]
     assert schema["additionalProperties"] is False
     assert schema["properties"].keys() == {"message"}
     assert schema["properties"]["message"]["maxLength"] == 10_000
-    email, key = operation["parameters"]
+    email, key = sending["parameters"]
     assert (email["name"], email["in"], email["required"]) == ("email", "path", True)
     assert (key["name"], key["in"], key.get("required", False)) == ("Idempotency-Key", "header", False)
-    headers = {status: set(answer.get("headers", ())) for status, answer in operation["responses"].items()}
-    assert headers["202"] == {"Idempotent-Replayed"}
-    assert headers["401"] == {"WWW-Authenticate"}
-    assert headers["503"] == {"Retry-After"}
-    for status, answer in operation["responses"].items():
-        schema = answer["content"]["application/json"]["schema"]
-        assert schema["properties"].keys() == ({"id", "message"} if status == "202" else {"detail"})
+    answers = sending["responses"]
+    assert answers.keys() == {"202", "400", "401", "404", "405", "413", "415", "422", "503", "500"}
+    assert answers["202"]["headers"].keys() == {"Idempotent-Replayed"}
+    assert answers["401"]["headers"].keys() == {"WWW-Authenticate"}
+    assert answers["503"]["headers"].keys() == {"Retry-After"}
+    for status, answer in answers.items():
+        properties = answer["content"]["application/json"]["schema"]["properties"]
+        assert properties.keys() == ({"id", "message"} if status == "202" else {"detail"})
 
 
-@pytest.mark.anyio
 async def test_the_document_and_the_service_agree_on_addresses(document):
     schema = document["paths"]["/send-notification/{email}"]["post"]["parameters"][0]["schema"]
     pattern = schema["pattern"].removesuffix("$") + r"\Z"  # in JSON Schema's dialect $ is that
@@ -879,8 +722,8 @@ async def test_the_document_and_the_service_agree_on_addresses(document):
     def valid(email):
         return re.search(pattern, email) is not None and len(email) <= schema["maxLength"]
 
-    assert [name for name, email in GOOD_ADDRESSES.items() if not valid(email)] == []
-    assert [name for name, email in BAD_ADDRESSES.items() if valid(email)] == []
+    assert [email for email in GOOD_ADDRESSES if not valid(email)] == []
+    assert [email for email in BAD_ADDRESSES if valid(email)] == []
 
 
 # ------------------------------------------------------------------------------------------------ embedding
@@ -889,67 +732,37 @@ async def test_the_document_and_the_service_agree_on_addresses(document):
 def test_importing_and_making_apps_creates_nothing_and_starts_nothing(tmp_path):
     code = "import os, threading, service; service.create_app(); service.create_app(print, log='l', outbox='o/p');"
     code += "assert threading.active_count() == 1; assert os.listdir() == []"
-    env = os.environ | {"PYTHONPATH": str(HERE)}
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=env, check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=environment(), check=True)
 
 
-@pytest.mark.anyio
-async def test_the_answer_is_sent_before_the_notifier_is_called():
-    order = []
-
-    async def send(message):
-        order.append(message["type"])
-
-    await drive(create_app(lambda n: order.append("notified"), outbox=":memory:"), send)
-    assert order == ["http.response.start", "http.response.body", "notified"]
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("blocked", ["def", "async def"])
-async def test_the_answer_does_not_wait_for_the_notifier(blocked):
-    gate, done, messages = threading.Event(), [], []
-
-    def in_thread(notification):
-        assert gate.wait(20)
-        done.append(notification)
-
-    async def on_loop(notification):
-        await soon(gate.is_set, 20)
-        done.append(notification)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+async def test_the_answer_is_sent_before_the_notifier_is_called_and_does_not_wait_for_it(kind):
+    gate = Gate()
 
     async def send(message):
-        messages.append(message["type"])
+        gate.came.append(message["type"])
 
-    app = create_app(in_thread if blocked == "def" else on_loop, outbox=":memory:")
+    app = create_app(gate if kind == "def" else gate.on_loop, outbox=":memory:")
     async with anyio.create_task_group() as tasks:
-        for _ in range(5):
+        for number in range(1, 6):
             tasks.start_soon(drive, app, send)
-        await soon(lambda: messages.count("http.response.body") == 5)
-        assert done == []
-        gate.set()
-    assert len(done) == 5
+            await soon(lambda: len(gate.came) == 3 * number)  # noqa: B023
+        order = [getattr(event, "email", event) for event in gate.came]
+        assert order == ["http.response.start", "http.response.body", USER] * 5
+        assert gate.sent == []
+        gate.open()
+    assert len(gate.sent) == 5
 
 
-class Recorder:
-    def __init__(self):
-        self.sent = []
-
-    def __len__(self):
-        return 0  # false, and yet a notifier
+class Recorder(list):
+    """Empty, and so false, and yet a notifier."""
 
     def method(self, notification):
-        self.sent.append(notification)
+        self.append(notification)
 
     async def async_method(self, notification):
         await anyio.lowlevel.checkpoint()
-        self.sent.append(notification)
-
-    def partial(self, _, notification):
-        self.sent.append(notification)
-
-    async def async_partial(self, _, notification):
-        await anyio.lowlevel.checkpoint()
-        self.sent.append(notification)
+        self.append(notification)
 
 
 class CallableRecorder(Recorder):
@@ -960,29 +773,27 @@ class AsyncCallableRecorder(Recorder):
     __call__ = Recorder.async_method
 
 
-@pytest.mark.anyio
-@cases(
-    "kind, notifier",
-    {
-        "built-in": (Recorder, lambda recorder: recorder.sent.append),
-        "method": (Recorder, lambda recorder: recorder.method),
-        "async method": (Recorder, lambda recorder: recorder.async_method),
-        "partial": (Recorder, lambda recorder: functools.partial(recorder.partial, 1)),
-        "async partial": (Recorder, lambda recorder: functools.partial(recorder.async_partial, 1)),
-        "lambda": (Recorder, lambda recorder: lambda notification: recorder.method(notification)),
-        "callable": (CallableRecorder, lambda recorder: recorder),
-        "async callable": (AsyncCallableRecorder, lambda recorder: recorder),
-    },
-)
-async def test_any_callable_of_one_notification_is_a_notifier(kind, notifier):
+CALLABLES = {
+    "built-in": (Recorder, lambda recorder: recorder.append),
+    "method": (Recorder, lambda recorder: recorder.method),
+    "async method": (Recorder, lambda recorder: recorder.async_method),
+    "partial": (Recorder, lambda recorder: functools.partial(Recorder.method, recorder)),
+    "async partial": (Recorder, lambda recorder: functools.partial(Recorder.async_method, recorder)),
+    "lambda": (Recorder, lambda recorder: lambda notification: recorder.method(notification)),
+    "callable": (CallableRecorder, lambda recorder: recorder),
+    "async callable": (AsyncCallableRecorder, lambda recorder: recorder),
+}
+
+
+@cases("kind, notify", CALLABLES)
+async def test_any_callable_of_one_notification_is_a_notifier(kind, notify):
     recorder = kind()
-    app = create_app(notifier(recorder), outbox=":memory:")
+    app = create_app(notify(recorder), outbox=":memory:")
     answers = [(await post(app)).json()["id"] for _ in range(2)]
-    assert [n.id for n in recorder.sent] == answers
-    assert all(type(n) is Notification for n in recorder.sent)
+    assert [n.id for n in recorder] == answers
+    assert all(type(n) is Notification for n in recorder)
 
 
-@pytest.mark.anyio
 async def test_a_def_notifier_runs_in_a_thread_and_an_async_def_on_the_callers_loop():
     threads = []
 
@@ -995,54 +806,48 @@ async def test_a_def_notifier_runs_in_a_thread_and_an_async_def_on_the_callers_l
     assert threads[1] == (threading.get_ident(), anyio.lowlevel.current_token())
 
 
-@pytest.mark.anyio
 async def test_at_most_concurrency_def_notifiers_run_at_once():
-    lock, permits = threading.Lock(), threading.Semaphore(0)
-    running, most, done = set(), 0, []
+    permits = threading.Semaphore(0)
+    begun, ended, running = [], [], []
 
     def notify(notification):
-        nonlocal most
-        with lock:
-            running.add(notification.id)
-            most = max(most, len(running))
+        begun.append(notification.id)
+        running.append(len(begun) - len(ended))
         permits.acquire(timeout=20)
-        with lock:
-            running.remove(notification.id)
-            done.append(notification.id)
+        ended.append(notification.id)
 
     app = create_app(notify, outbox=":memory:", concurrency=3)
     async with anyio.create_task_group() as tasks:
         for _ in range(9):
             tasks.start_soon(post, app)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 9, "failed": 0}))
+        await settled(app, pending=9)
         for released in range(9):
-            await soon(lambda: len(done) == released and len(running) == min(3, 9 - released))  # noqa: B023
+            await soon(lambda: (len(begun), len(ended)) == (min(released + 3, 9), released))  # noqa: B023
             permits.release()
-    assert (most, len(done)) == (3, 9)
+    assert (max(running), len(ended)) == (3, 9)
 
 
-@pytest.mark.anyio
+async def test_with_a_concurrency_of_one_each_of_many_at_once_is_notified(sent):
+    app = create_app(sent.append, outbox=":memory:", concurrency=1)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(30):
+            tasks.start_soon(post, app)
+    assert len({n.id for n in sent}) == len(sent) == 30
+
+
 async def test_blocked_notifiers_leave_the_hosts_thread_pool_free():
-    gate, blocked = threading.Event(), []
-
-    def notify(notification):
-        blocked.append(notification)
-        gate.wait(20)
-
-    def endpoint(request):
-        return PlainTextResponse(str(gate.is_set()))
-
-    app = create_app(notify, outbox=":memory:", concurrency=60)
-    host = Starlette(routes=[Route("/host", endpoint), Mount("/notify", app)])
+    gate = Gate()
+    mount = Mount("/notify", create_app(gate, outbox=":memory:", concurrency=60))
+    host = Starlette(routes=[Route("/host", lambda request: PlainTextResponse("free")), mount])
     async with client(host) as http, anyio.create_task_group() as tasks:
         for _ in range(60):
             tasks.start_soon(http.post, f"/notify{PATH}")
-        await soon(lambda: len(blocked) == 60)
-        assert (await http.get("/host")).text == "False"
-        gate.set()
+        await soon(lambda: len(gate.came) == 60)
+        assert (await http.get("/host")).text == "free"
+        assert gate.sent == []
+        gate.open()
 
 
-@pytest.mark.anyio
 async def test_by_default_it_writes_log_txt_and_outbox_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     response = await post(create_app())
@@ -1050,7 +855,6 @@ async def test_by_default_it_writes_log_txt_and_outbox_here(tmp_path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "outbox"}
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("kind", [str, Path])
 async def test_paths_may_be_text_or_paths(tmp_path, kind):
     await post(create_app(log=kind(tmp_path / "a.log"), outbox=kind(tmp_path / "b" / "c")))
@@ -1058,18 +862,14 @@ async def test_paths_may_be_text_or_paths(tmp_path, kind):
     assert (tmp_path / "b" / "c").is_dir()
 
 
-@pytest.mark.anyio
-async def test_a_memory_outbox_keeps_nothing_on_disk(tmp_path, monkeypatch):
+async def test_a_memory_outbox_keeps_nothing_on_disk(app, sent, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sent = []
-    app = create_app(sent.append, outbox=":memory:")
     async with lifespan(app):
         await post(app)
     assert len(sent) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.anyio
 async def test_the_environment_sets_the_app_of_the_module(tmp_path, monkeypatch):
     settings = {"LOG": tmp_path / "a.log", "OUTBOX": tmp_path / "b", "TOKEN": "s3cret", "MAX_PENDING": 1}
     for name, value in (settings | {"DELAY": AN_HOUR, "CONCURRENCY": 2, "FSYNC": "false"}).items():
@@ -1078,7 +878,7 @@ async def test_the_environment_sets_the_app_of_the_module(tmp_path, monkeypatch)
     refusal(await post(app), 401)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(functools.partial(post, app, headers=TOKEN))
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 1, "failed": 0}))
+        await settled(app, pending=1)
         refusal(await post(app, headers=TOKEN), 503)
         assert read(tmp_path / "a.log") == []
         assert (tmp_path / "b").is_dir()
@@ -1095,11 +895,9 @@ def test_a_switch_in_the_environment_is_a_word_or_a_digit(monkeypatch, text):
     assert isinstance(runpy.run_path(str(HERE / "service.py"))["app"], Starlette)
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("prefix", ["/notify", "/api/v1/notify"])
-async def test_mounted_it_answers_under_the_prefix(prefix):
-    sent = []
-    host = Starlette(routes=[Mount(prefix, create_app(sent.append, outbox=":memory:"))])
+async def test_mounted_it_answers_under_the_prefix(app, sent, prefix):
+    host = Starlette(routes=[Mount(prefix, app)])
     for email in (USER, f"{USER}/"):
         assert (await post(host, email, f"{prefix}/send-notification/")).status_code == 202
     assert [n.email for n in sent] == [USER, USER]
@@ -1112,247 +910,137 @@ async def test_mounted_it_answers_under_the_prefix(prefix):
     assert len(sent) == 2
 
 
-@pytest.mark.anyio
-async def test_the_document_names_the_root_path_of_a_proxy():
-    app = create_app(outbox=":memory:")
-    transport = httpx.ASGITransport(app, root_path="/behind")
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+async def test_the_document_names_the_root_path_of_a_proxy(app):
+    async with client(app, root_path="/behind") as http:
         assert (await http.get("/behind/openapi.json")).json()["servers"][0]["url"] == "/behind"
 
 
+@cases("threads, served", {"in turn": (1, False), "at once": (6, False), "with lifespans that end": (6, True)})
 @pytest.mark.parametrize("kind", ["def", "async def", "log"])
-def test_one_app_serves_several_event_loops_in_turn(tmp_path, kind):
-    sent = []
-
-    async def notify(notification):
-        sent.append(notification)
-
-    notifier = {"def": sent.append, "async def": notify, "log": None}[kind]
-    app = create_app(notifier, log=tmp_path / "log.txt", outbox=tmp_path / "outbox")
-    answers = [asyncio.run(post(app)).json()["id"] for _ in range(3)]
-    assert [n.id for n in sent or read(tmp_path / "log.txt")] == answers
-    assert asyncio.run(health(app)) == {"status": "ok", "pending": 0, "failed": 0}
-
-
-def test_one_app_serves_six_threads_each_with_its_own_loop(tmp_path):
+def test_one_app_serves_several_event_loops(log, outbox, sent, threads, served, kind):
+    app = create_app(notifier(kind, sent), log=log, outbox=outbox, fsync=False)
     answers = []
-    app = create_app(log=tmp_path / "log.txt", outbox=tmp_path / "outbox", fsync=False)
-
-    async def ask():
-        async with client(app) as http:
-            answers.extend([(await http.post(PATH)).json()["id"] for _ in range(20)])
-
-    threads = [threading.Thread(target=asyncio.run, args=[ask()]) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert len(answers) == 120
-    assert sorted(n.id for n in read(tmp_path / "log.txt")) == sorted(answers)
-
-
-@pytest.mark.parametrize("kind", ["def", "log"])
-def test_one_app_may_have_its_lifespan_on_several_loops_at_once_and_end_it_while_others_post(tmp_path, kind):
-    sent, answers = [], []
-    log = tmp_path / "log.txt"
-    app = create_app(sent.append if kind == "def" else None, log=log, outbox=tmp_path / "outbox", fsync=False)
 
     async def one_loop():
-        async with lifespan(app):
-            answers.extend([(await post(app)).json()["id"] for _ in range(5)])
+        async with lifespan(app) if served else nullcontext(), client(app) as http:
+            answers.extend([(await http.post(PATH)).json()["id"] for _ in range(5)])
 
     def loops(_):
-        for _ in range(5):
+        for _ in range(4):
             asyncio.run(one_loop())
 
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(loops, range(4)))
-    assert len(answers) == 100
-    assert sorted([n.id for n in sent] or ids(log)) == sorted(answers)
-    assert asyncio.run(health(app)) == {"status": "ok", "pending": 0, "failed": 0}
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(loops, range(threads)))
+    assert len(answers) == threads * 20
+    assert sorted(n.id for n in sent or read(log)) == sorted(answers)
+    assert asyncio.run(health(app)) == counts()
 
 
-@pytest.mark.anyio
-async def test_at_its_end_a_lifespan_waits_for_what_the_relay_is_delivering(left):
-    started, ended = [], []
-
-    async def notify(notification):
-        started.append(notification)
-        await anyio.sleep(0.1)
-        ended.append(notification)
-
-    async with lifespan(create_app(notify, outbox=left[0])):
-        await soon(lambda: len(started) == 3)
-        assert ended == []
-    assert len(ended) == 3
+async def test_at_its_end_a_lifespan_waits_for_what_the_relay_is_delivering(left, outbox):
+    gate = Gate()
+    async with lifespan(create_app(gate.on_loop, outbox=outbox)):
+        await soon(lambda: len(gate.came) == 3)
+        assert gate.sent == []
+        gate.open()
+    assert len(gate.sent) == 3
 
 
-@pytest.mark.anyio
-async def test_an_error_in_the_hosts_own_lifespan_reaches_it_as_it_was():
+async def test_an_error_in_the_hosts_own_lifespan_reaches_it_as_it_was(app):
     with pytest.raises(LookupError, match="the host's"):
-        async with lifespan(create_app(outbox=":memory:")):
+        async with lifespan(app):
             raise LookupError("the host's")
 
 
 # --------------------------------------------------------------------------------------------------- outbox
 
 
-@pytest.mark.anyio
-async def test_only_the_owner_may_read_the_log_and_the_outbox(tmp_path):
-    await post(create_app(log=tmp_path / "log.txt", outbox=tmp_path / "outbox"))
+async def test_only_the_owner_may_read_the_log_and_the_outbox(tmp_path, log, outbox):
+    await post(create_app(log=log, outbox=outbox))
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
-    assert modes.pop(tmp_path / "outbox") == 0o700
+    assert modes.pop(outbox) == 0o700
     assert set(modes.values()) == {0o600}
-    assert any(path.parent == tmp_path / "outbox" for path in modes)
+    assert any(path.parent == outbox for path in modes)
 
 
-@pytest.mark.anyio
-async def test_the_log_may_be_renamed_at_any_time(tmp_path):
-    log = tmp_path / "log.txt"
-    app = create_app(log=log, outbox=tmp_path / "outbox")
-    first, second = (await post(app)).json()["id"], (await post(app)).json()["id"]
-    log.rename(tmp_path / "log.txt.1")
+async def test_the_log_may_be_renamed_at_any_time(log, outbox):
+    app = create_app(log=log, outbox=outbox)
+    first, second = [(await post(app)).json()["id"] for _ in range(2)]
+    renamed = log.rename(log.with_name("log.txt.1"))
     third = (await post(app)).json()["id"]
-    assert [n.id for n in read(tmp_path / "log.txt.1")] == [first, second]
+    assert [n.id for n in read(renamed)] == [first, second]
     assert [n.id for n in read(log)] == [third]
 
 
-@pytest.mark.anyio
-async def test_apps_on_different_outboxes_share_nothing(tmp_path):
-    gate, slow, quick = threading.Event(), [], []
-
-    def blocked(notification):
-        slow.append(notification.message)
-        gate.wait(20)
-
-    first = create_app(blocked, outbox=tmp_path / "one", max_pending=1, concurrency=1)
-    second = create_app(quick.append, outbox=tmp_path / "two", max_pending=1, concurrency=1)
+async def test_apps_on_different_outboxes_share_nothing(tmp_path, sent):
+    gate = Gate()
+    first = create_app(gate, outbox=tmp_path / "one", max_pending=1, concurrency=1)
+    second = create_app(sent.append, outbox=tmp_path / "two", max_pending=1, concurrency=1)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(functools.partial(post, first, headers=KEY, json={"message": "one"}))
-        await soon(lambda: slow)
+        await soon(lambda: gate.came)
         response = await post(second, headers=KEY, json={"message": "two"})
         assert (response.status_code, "idempotent-replayed" in response.headers) == (202, False)
-        assert ((await health(first))["pending"], (await health(second))["pending"]) == (1, 0)
-        gate.set()
-    assert (slow, [n.message for n in quick]) == (["one"], ["two"])
+        assert (await health(first), await health(second)) == (counts(pending=1), counts())
+        gate.open()
+    assert ([n.message for n in gate.came], [n.message for n in sent]) == (["one"], ["two"])
 
 
-@pytest.mark.anyio
-async def test_apps_on_one_outbox_take_nothing_from_each_other(tmp_path):
-    gate, slow, quick = threading.Event(), [], []
-
-    def blocked(notification):
-        slow.append(notification.id)
-        gate.wait(20)
-
-    first = create_app(blocked, outbox=tmp_path / "outbox")
-    second = create_app(quick.append, outbox=tmp_path / "outbox")
-    async with lifespan(first), anyio.create_task_group() as tasks:
-        for _ in range(3):
-            tasks.start_soon(post, first)
-        await soon(lambda: len(slow) == 3)
-        async with lifespan(second):
-            own = [(await post(second)).json()["id"] for _ in range(3)]
-            assert (await health(second))["pending"] == 0
-        assert [n.id for n in quick] == own
-        assert len(slow) == 3
-        gate.set()
-    assert len(slow) == 3
-
-
-@pytest.mark.anyio
-async def test_what_is_being_delivered_when_its_lifespan_ends_is_left_to_its_own_process(tmp_path):
-    gate, slow, quick = threading.Event(), [], []
-
-    def blocked(notification):
-        slow.append(notification.id)
-        gate.wait(20)
-
-    first = create_app(blocked, outbox=tmp_path / "outbox")
+async def test_apps_on_one_outbox_take_nothing_from_each_other_even_when_a_lifespan_is_over(outbox, sent):
+    gate = Gate()
+    first, second, third = (create_app(notify, outbox=outbox) for notify in (gate, sent.append, sent.append))
     async with anyio.create_task_group() as tasks:
         async with lifespan(first):
-            tasks.start_soon(post, first)
-            await soon(lambda: slow)
-        own = (await post(create_app(quick.append, outbox=tmp_path / "outbox"))).json()["id"]  # looks for what is left
-        gate.set()
-    await soon(lambda: _is(health(first), {"status": "ok", "pending": 0, "failed": 0}))
-    assert [n.id for n in quick] == [own]
-    assert len(slow) == 1
+            for _ in range(3):
+                tasks.start_soon(post, first)
+            await soon(lambda: len(gate.came) == 3)
+            async with lifespan(second):
+                own = [(await post(second)).json()["id"] for _ in range(3)]
+                assert await health(second) == counts()
+            assert [n.id for n in sent] == own
+            assert len(gate.came) == 3
+        own.append((await post(third)).json()["id"])  # it looks for what is left
+        gate.open()
+    await settled(first)
+    assert [n.id for n in sent] == own
+    assert len(gate.came) == 3
 
 
 @pytest.fixture(scope="module")
 def dead(tmp_path_factory):
-    """The folder of a server that was killed when it had acknowledged three notifications and delivered none."""
-    folder = tmp_path_factory.mktemp("dead")
-    with serve(folder, delay=AN_HOUR) as server:
+    """A server that was killed when it had acknowledged three notifications and delivered none."""
+    with serve(tmp_path_factory.mktemp("dead"), delay=AN_HOUR) as server:
         for message in ("one", "two", "three"):
             server.post(message)
         server.kill()
     assert ids(server.log) == []
-    return folder, server.accepted
+    return server
 
 
 @pytest.fixture
-def left(dead, tmp_path):
-    """A copy of the outbox that a killed server left, and the ids in it."""
-    folder, accepted = dead
-    shutil.copytree(folder / "outbox", tmp_path / "outbox")
-    return tmp_path / "outbox", accepted
+def left(dead, outbox) -> list[str]:
+    """The ids that it left in the outbox, of which this test has a copy."""
+    shutil.copytree(dead.outbox, outbox)
+    return dead.accepted
 
 
-@pytest.mark.anyio
-async def test_what_a_dead_process_left_is_written_at_the_next_start(left, tmp_path):
-    outbox, accepted = left
-    app = create_app(log=tmp_path / "log.txt", outbox=outbox)
-    async with lifespan(app):
-        await soon(lambda: len(ids(tmp_path / "log.txt")) >= 3)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
-    assert sorted(n.id for n in read(tmp_path / "log.txt")) == sorted(accepted)
-    assert {n.message for n in read(tmp_path / "log.txt")} == {"one", "two", "three"}
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("kind", ["def", "async def"])
-async def test_what_a_dead_process_left_is_given_to_the_notifier_with_the_same_id(left, kind):
-    outbox, accepted = left
-    sent = []
-
-    async def notify(notification):
-        sent.append(notification)
-
-    app = create_app(sent.append if kind == "def" else notify, outbox=outbox)
-    async with lifespan(app):
-        await soon(lambda: len(sent) >= 3)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
-    assert sorted((n.message, n.id) for n in sent) == sorted(zip(["one", "two", "three"], accepted, strict=True))
-
-
-@pytest.mark.anyio
-async def test_without_a_lifespan_the_next_traffic_adopts_what_a_dead_process_left(left, tmp_path):
-    outbox, accepted = left
-    app = create_app(log=tmp_path / "log.txt", outbox=outbox)
-    own = (await post(app)).json()["id"]
-    assert sorted(n.id for n in read(tmp_path / "log.txt")) == sorted([own, *accepted])
-
-
-@pytest.mark.anyio
-async def test_what_was_adopted_and_delivered_is_not_adopted_again(left):
-    async def serve_one(expected):
-        sent = []
-        app = create_app(sent.append, outbox=left[0])
+@pytest.mark.parametrize("kind", ["def", "async def", "log"])
+async def test_what_a_dead_process_left_is_delivered_once_at_the_next_start(left, log, outbox, sent, kind):
+    expected = dict(zip(left, ["one", "two", "three"], strict=True))
+    for message in ("four", "five"):
+        app = create_app(notifier(kind, sent), log=log, outbox=outbox)
         async with lifespan(app):
-            await soon(lambda: len(sent) >= expected)
-            await post(app)
-            await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
-        return len(sent) - 1
-
-    assert [await serve_one(3), await serve_one(0)] == [3, 0]
+            await soon(lambda: len(sent or ids(log)) >= 3)
+            expected[(await post(app, json={"message": message})).json()["id"]] = message
+            await settled(app)
+    assert sorted((n.id, n.message) for n in sent or read(log)) == sorted(expected.items())
 
 
-@pytest.mark.anyio
-async def test_eight_that_start_at_once_on_what_a_dead_process_left_write_it_once(left, tmp_path):
-    outbox, accepted = left
-    log = tmp_path / "log.txt"
+async def test_without_a_lifespan_the_next_traffic_adopts_what_a_dead_process_left(left, log, outbox):
+    own = (await post(create_app(log=log, outbox=outbox))).json()["id"]
+    assert sorted(n.id for n in read(log)) == sorted([own, *left])
+
+
+async def test_eight_that_start_at_once_on_what_a_dead_process_left_write_it_once(left, log, outbox):
     done = anyio.Event()
 
     async def start():
@@ -1365,135 +1053,97 @@ async def test_eight_that_start_at_once_on_what_a_dead_process_left_write_it_onc
         await soon(lambda: len(ids(log)) >= 3)
         done.set()
     own = (await post(create_app(log=log, outbox=outbox))).json()["id"]
-    assert sorted(n.id for n in read(log)) == sorted([own, *accepted])
+    assert sorted(n.id for n in read(log)) == sorted([own, *left])
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("fails", [True, False], ids=["failed", "delivered"])
-async def test_what_was_adopted_is_pending_and_leaves_max_pending_to_what_comes_in(left, fails):
-    gate, sent = threading.Event(), []
+async def test_what_was_adopted_is_pending_and_leaves_max_pending_to_what_comes_in(left, outbox, fails):
+    gate, adopted = Gate(), []
 
     def notify(notification):
-        if notification.id not in left[1]:
-            gate.wait(20)
+        if notification.id not in left:
+            gate(notification)
         elif fails:
             raise RuntimeError
-        sent.append(notification)
+        adopted.append(notification)
 
-    app = create_app(notify, outbox=left[0], max_pending=1)
+    app = create_app(notify, outbox=outbox, max_pending=1)
     count = 3 if fails else 0
     async with lifespan(app), anyio.create_task_group() as tasks:
-        await soon(lambda: len(sent) == 3 - count)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": count, "failed": count}))
+        await soon(lambda: len(adopted) == 3 - count)
+        await settled(app, pending=count, failed=count)
         tasks.start_soon(post, app)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": count + 1, "failed": count}))
+        await settled(app, pending=count + 1, failed=count)
         refusal(await post(app), 503)
-        gate.set()
+        gate.open()
 
 
-@pytest.mark.anyio
-async def test_what_was_adopted_and_not_begun_is_anothers_when_the_lifespan_is_over(left):
-    with closing(sqlite3.connect(left[0] / "outbox.db")) as db, db:
+async def test_what_was_adopted_and_not_begun_is_anothers_when_the_lifespan_is_over(left, outbox, sent):
+    with closing(sqlite3.connect(outbox / "outbox.db")) as db, db:
         for _ in range(8):
             db.execute("INSERT INTO pending (worker, line) SELECT worker, line FROM pending")
-    gate, first, second = anyio.Event(), [], []
-
-    async def notify(notification):
-        first.append(notification)
-        await gate.wait()
-
-    app = create_app(notify, outbox=left[0])
-    async with lifespan(app):
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 3 * 2**8, "failed": 0}))
-        await soon(lambda: len(first) == 500)
-        gate.set()
-    async with lifespan(create_app(second.append, outbox=left[0])):
-        await soon(lambda: len(first) + len(second) == 3 * 2**8)
-    assert len(second) == 3 * 2**8 - 500
+    gate = Gate()
+    async with lifespan(create_app(gate.on_loop, outbox=outbox)) as app:
+        await settled(app, pending=3 * 2**8)
+        await soon(lambda: len(gate.came) == 500)
+        gate.open()
+    async with lifespan(create_app(sent.append, outbox=outbox)):
+        await soon(lambda: len(gate.came) + len(sent) == 3 * 2**8)
+    assert len(sent) == 3 * 2**8 - 500
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize("file", ["log.txt", "log.txt.1"])
-async def test_a_line_written_before_the_crash_is_not_written_again(left, tmp_path, file):
-    outbox, accepted = left
-    at = "2026-11-22T05:46:00.123Z"
-    (tmp_path / file).write_text(f"{at} {accepted[0]} notification for {USER}: one\n")
-    app = create_app(log=tmp_path / "log.txt", outbox=outbox)
-    async with lifespan(app):
-        await soon(lambda: len(ids(tmp_path / "log.txt") + ids(tmp_path / "log.txt.1")) >= 3)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
-    lines = read(tmp_path / "log.txt") + read(tmp_path / "log.txt.1")
-    assert sorted(n.id for n in lines) == sorted(accepted)
-
-
-@pytest.mark.anyio
-async def test_a_line_torn_by_the_crash_is_written_again_whole(left, tmp_path):
-    outbox, accepted = left
-    log = tmp_path / "log.txt"
-    log.write_text(f"2026-11-22T05:46:00.123Z {accepted[0]} notification for {USER}: on")
-    app = create_app(log=log, outbox=outbox)
-
-    def whole():
-        return [line for line in log.read_text().split("\n") if line.endswith((": one", ": two", ": three"))]
-
-    async with lifespan(app):
-        await soon(lambda: len(whole()) >= 3)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
-    assert sorted(_parse(line).id for line in whole()) == sorted(accepted)
+@cases("file, end", {"": ("log.txt", "one\n"), "renamed": ("log.txt.1", "one\n"), "torn": ("log.txt", "on")})
+async def test_a_line_written_before_the_crash_is_not_written_again_unless_it_is_torn(left, log, outbox, file, end):
+    before = log.with_name(file)
+    before.write_text(A_LINE.format(id=left[0]).removesuffix("one") + end)
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await soon(lambda: len({*ids(log), *ids(before)}) >= 3)
+        await settled(app)
+    assert sorted(n.id for path in {log, before} for n in read(path)) == sorted(left)
 
 
 FORGERIES = {
     "the id": "{id}",
     "the id as a second column": "{id} notification for user@example.com: one",
-    "a whole line": "2026-11-22T05:46:00.123Z {id} notification for user@example.com: one",
-    "a line after a newline": "x\n2026-11-22T05:46:00.123Z {id} notification for user@example.com: one\n",
-    "a line after a CR": "x\r2026-11-22T05:46:00.123Z {id} notification for user@example.com: one",
-    "a line after U+2028": "x\u20282026-11-22T05:46:00.123Z {id} notification for user@example.com: one",
+    "a whole line": A_LINE,
+    "a line after a newline": f"x\n{A_LINE}\n",
+    "a line after a CR": f"x\r{A_LINE}",
+    "a line after U+2028": f"x\u2028{A_LINE}",
     "a line after many": "x" * 9000 + " {id} notification for user@example.com: one",
 }
 
 
-@pytest.mark.anyio
 @cases("forgery", FORGERIES)
-async def test_anothers_message_cannot_pass_for_mine_after_a_crash(left, tmp_path, forgery):
-    outbox, accepted = left
-    log = tmp_path / "log.txt"
-    forged = [
-        await post(create_app(log=log, outbox=":memory:"), json={"message": forgery.format(id=id)}) for id in accepted
-    ]
-    app = create_app(log=log, outbox=outbox)
-    async with lifespan(app):
+async def test_anothers_message_cannot_pass_for_mine_after_a_crash(left, log, outbox, forgery):
+    other = create_app(log=log, outbox=":memory:")
+    forged = [(await post(other, json={"message": forgery.format(id=id)})).json()["id"] for id in left]
+    async with lifespan(create_app(log=log, outbox=outbox)):
         await soon(lambda: len(ids(log)) >= 6)
-    assert sorted(n.id for n in read(log)) == sorted([*accepted, *(response.json()["id"] for response in forged)])
+    assert sorted(n.id for n in read(log)) == sorted(left + forged)
 
 
-@pytest.mark.anyio
-async def test_an_outbox_whose_making_was_interrupted_is_made_again(tmp_path):
+async def test_an_outbox_whose_making_was_interrupted_is_made_again(log, outbox):
     """A process that is killed, or a disk that is full, leaves SQLite's header, and not one table."""
-    (tmp_path / "outbox").mkdir()
-    with closing(sqlite3.connect(tmp_path / "outbox" / "outbox.db")) as half:
+    outbox.mkdir()
+    with closing(sqlite3.connect(outbox / "outbox.db")) as half:
         half.execute("PRAGMA journal_mode = WAL")
-    app = create_app(log=tmp_path / "log.txt", outbox=tmp_path / "outbox")
-    async with lifespan(app):
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
         answer = await post(app)
-    assert ids(tmp_path / "log.txt") == [answer.json()["id"]]
+    assert ids(log) == [answer.json()["id"]]
 
 
-@pytest.mark.anyio
-async def test_log_and_outbox_may_share_a_folder(left):
+async def test_log_and_outbox_may_share_a_folder(left, outbox):
     """Its own files are not read for lines: to close one would drop this process's locks, and another would tidy up."""
-    outbox, accepted = left
-    async with lifespan(create_app(log=outbox / "outbox.log", outbox=outbox)):
-        await soon(lambda: (outbox / "outbox.log").exists() and len(ids(outbox / "outbox.log")) == len(accepted))
+    log = outbox / "outbox.log"
+    async with lifespan(create_app(log=log, outbox=outbox)):
+        await soon(lambda: len(ids(log)) == len(left))
         visit = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute('DELETE FROM keys'); db.close()"
         subprocess.run([sys.executable, "-c", visit, outbox / "outbox.db"], check=True)
         assert (outbox / "outbox.db-wal").exists()
 
 
-@pytest.mark.anyio
-async def test_locks_of_the_dead_do_not_pile_up(tmp_path):
-    outbox = tmp_path / "outbox"
-    async with lifespan(create_app(log=tmp_path / "log.txt", outbox=outbox)):
+async def test_locks_of_the_dead_do_not_pile_up(log, outbox):
+    async with lifespan(create_app(log=log, outbox=outbox)):
         for number in range(5):
             (outbox / f"{number:016x}.lock").touch()
         await soon(lambda: not list(outbox.glob("0*00?.lock")))
@@ -1502,7 +1152,21 @@ async def test_locks_of_the_dead_do_not_pile_up(tmp_path):
 # --------------------------------------------------------------------------------------------------- faults
 
 
-async def a_notifier_that_fails_twice(outbox, caplog, on_loop):
+class UnprintableError(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+FAILURES = {  # and what the log says of it
+    RuntimeError("the mail is down"): "the mail is down",
+    UnprintableError(): "UnprintableError",
+    SystemExit(): "SystemExit",
+    GeneratorExit(): "GeneratorExit",
+    asyncio.CancelledError(): "CancelledError",
+}
+
+
+async def a_notifier_that_fails_twice(outbox, caplog, kind, failure):
     calls, times = [], []
 
     def notify(notification):
@@ -1510,44 +1174,39 @@ async def a_notifier_that_fails_twice(outbox, caplog, on_loop):
         if notification.message == "bad":
             times.append(time.monotonic())
             if len(times) <= 2:
-                raise RuntimeError("the mail is down")
+                raise failure
 
-    async def notify_on_loop(notification):
-        notify(notification)
-
-    app = create_app(notify_on_loop if on_loop else notify, outbox=outbox)
-    async with lifespan(app):
+    async with lifespan(create_app(notify if kind == "def" else as_async(notify), outbox=outbox)) as app:
         bad = await post(app, json={"message": "bad"})
         good = await post(app, json={"message": "good"})
         assert [n.message for n in calls].count("good") == 1
         await soon(lambda: len(calls) >= 4, 20)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
+        await settled(app)
     assert Counter(n.id for n in calls) == {bad.json()["id"]: 3, good.json()["id"]: 1}
     assert len(set(calls)) == 2
     assert times[2] - times[1] > 1.1  # the first pause is of 1 s at most, and pauses grow
     told = [warning for warning in warnings(caplog) if bad.json()["id"] in warning]
     assert 1 <= len(told) <= 2
-    assert "the mail is down" in told[0]
+    assert FAILURES[failure] in told[0]
 
 
 async def a_host_that_raises_after_the_answer_was_made(outbox):
-    gate, calls = threading.Event(), []
+    gate, calls = Gate(), []
 
     def notify(notification):
         calls.append(notification.message)
         if notification.message == "in flight":
-            gate.wait(20)
+            gate(notification)
 
-    class Raise(BaseHTTPMiddleware):
-        async def dispatch(self, request, call_next):
-            response = await call_next(request)
-            if "raise" in request.headers:
-                raise RuntimeError
-            return response
+    async def dispatch(request, call_next):
+        response = await call_next(request)
+        if "raise" in request.headers:
+            raise RuntimeError
+        return response
 
     app = create_app(notify, outbox=outbox)
-    mount = Mount("/notify", app)
-    host = Starlette(routes=[mount], middleware=[Middleware(Raise)], lifespan=lambda host: lifespan(app))
+    middleware = [Middleware(BaseHTTPMiddleware, dispatch=dispatch)]
+    host = Starlette(routes=[Mount("/notify", app)], middleware=middleware, lifespan=lambda host: lifespan(app))
     transport = httpx.ASGITransport(host, raise_app_exceptions=False)
     async with lifespan(host), httpx.AsyncClient(transport=transport, base_url="http://test/notify") as http:
         async with anyio.create_task_group() as tasks:
@@ -1556,15 +1215,14 @@ async def a_host_that_raises_after_the_answer_was_made(outbox):
             response = await http.post(PATH, json={"message": "left"}, headers={"raise": "1"})
             assert response.status_code == 500
             await soon(lambda: "left" in calls)
-            await soon(lambda: _is(health(app), {"status": "ok", "pending": 1, "failed": 0}))
-            gate.set()
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
+            await settled(app, pending=1)
+            gate.open()
+        await settled(app)
     assert calls == ["in flight", "left"]
 
 
 async def a_caller_that_is_cancelled_when_it_has_its_answer(outbox, log):
-    app = create_app(log=log, outbox=outbox, delay=0.3)
-    async with lifespan(app):
+    async with lifespan(create_app(log=log, outbox=outbox, delay=0.3)) as app:
         with anyio.CancelScope() as caller:
 
             async def send(message):
@@ -1575,23 +1233,8 @@ async def a_caller_that_is_cancelled_when_it_has_its_answer(outbox, log):
         assert caller.cancelled_caught
         assert read(log) == []
         await soon(lambda: ids(log))
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
+        await settled(app)
     assert len(read(log)) == 1
-
-
-async def a_client_that_takes_long_to_receive_its_answer(outbox):
-    calls = []
-
-    async def send(message):
-        if message["type"] == "http.response.body":
-            await soon(lambda: calls)
-
-    app = create_app(calls.append, outbox=outbox)
-    async with lifespan(app):
-        await drive(app, send)
-        await post(app)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
-    assert len(calls) == len(set(calls)) == 2
 
 
 async def a_caller_whose_time_is_up_in_the_middle_of_the_notifier(outbox):
@@ -1603,36 +1246,14 @@ async def a_caller_whose_time_is_up_in_the_middle_of_the_notifier(outbox):
             limit.reschedule(0)
             await asyncio.sleep(AN_HOUR)
 
-    app = create_app(notify, outbox=outbox)
-    async with lifespan(app):
+    async with lifespan(create_app(notify, outbox=outbox)) as app:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(None) as limit:
                 await post(app)
         await soon(lambda: len(calls) >= 2)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
+        await settled(app)
     assert len(calls) == 2
     assert calls[0] == calls[1]
-
-
-class UnprintableError(Exception):
-    def __str__(self):
-        raise RuntimeError
-
-
-async def an_async_notifier_that_raises(error):
-    calls = []
-
-    async def notify(notification):
-        calls.append(notification.message)
-        if len(calls) <= 2:
-            raise error
-
-    # Ends neither the relay nor its host.
-    app = create_app(notify, outbox=":memory:")
-    async with lifespan(app):
-        assert (await post(app, json={"message": "bad"})).status_code == 202
-        await soon(lambda: calls == ["bad"] * 3)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
 
 
 async def many_that_do_not_return():
@@ -1645,8 +1266,7 @@ async def many_that_do_not_return():
         elif calls.count(notification.message) == 1:
             raise RuntimeError
 
-    app = create_app(notify, outbox=":memory:")
-    async with lifespan(app), anyio.create_task_group() as tasks:
+    async with lifespan(create_app(notify, outbox=":memory:")) as app, anyio.create_task_group() as tasks:
         for _ in range(600):
             tasks.start_soon(functools.partial(post, app, json={"message": "hangs"}))
         await soon(lambda: calls.count("hangs") == 600)
@@ -1655,9 +1275,9 @@ async def many_that_do_not_return():
         gate.set()
 
 
-async def a_task_that_comes_when_its_row_is_gone_and_another_came():
+async def a_task_that_comes_when_its_row_is_gone_and_another_came(outbox):
     sent = []
-    app = create_app(sent.append, outbox=":memory:")
+    app = create_app(sent.append, outbox=outbox)
     may_end = {"/send-notification/a@b.c": anyio.Event(), PATH: anyio.Event()}
 
     async def slow_host(scope, receive, send):
@@ -1671,46 +1291,44 @@ async def a_task_that_comes_when_its_row_is_gone_and_another_came():
     async with lifespan(app), anyio.create_task_group() as tasks:
         tasks.start_soon(post, slow_host, "a@b.c")
         await soon(lambda: [n.email for n in sent] == ["a@b.c"])
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
+        await settled(app)
         tasks.start_soon(post, slow_host)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 1, "failed": 0}))
+        await settled(app, pending=1)
         for event in may_end.values():
             event.set()
             await anyio.wait_all_tasks_blocked()
     assert [n.email for n in sent] == ["a@b.c", USER]
 
 
-@pytest.mark.anyio
-async def test_the_relay_delivers_what_failed_or_was_abandoned_and_nothing_twice(tmp_path, caplog):
+async def test_the_relay_delivers_what_failed_or_was_abandoned_and_nothing_twice(tmp_path, log, caplog):
     """One test of what the names above say, since all of them wait for the relay's pauses."""
-    time_is_up = a_caller_whose_time_is_up_in_the_middle_of_the_notifier(tmp_path / "6")
+    down, *others = FAILURES
+    time_is_up = a_caller_whose_time_is_up_in_the_middle_of_the_notifier(tmp_path / "time is up")
+    running = [
+        *(a_notifier_that_fails_twice(tmp_path / kind, caplog, kind, down) for kind in ("def", "async def")),
+        *(a_notifier_that_fails_twice(":memory:", caplog, kind, down) for kind in ("def", "async def")),
+        *(a_notifier_that_fails_twice(":memory:", caplog, "async def", failure) for failure in others),
+        a_host_that_raises_after_the_answer_was_made(tmp_path / "raises"),
+        a_host_that_raises_after_the_answer_was_made(":memory:"),
+        a_task_that_comes_when_its_row_is_gone_and_another_came(tmp_path / "gone"),
+        a_task_that_comes_when_its_row_is_gone_and_another_came(":memory:"),
+        a_caller_that_is_cancelled_when_it_has_its_answer(tmp_path / "cancelled", log),
+        anyio.to_thread.run_sync(asyncio.run, time_is_up),
+        many_that_do_not_return(),
+    ]
     ended = []
 
-    async def run(case, *arguments):
-        await case(*arguments)
+    async def run(case):
+        await case
         ended.append(case)
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run, a_notifier_that_fails_twice, ":memory:", caplog, False)
-        tasks.start_soon(run, a_notifier_that_fails_twice, ":memory:", caplog, True)
-        tasks.start_soon(run, a_notifier_that_fails_twice, tmp_path / "1", caplog, False)
-        tasks.start_soon(run, a_notifier_that_fails_twice, tmp_path / "2", caplog, True)
-        tasks.start_soon(run, a_host_that_raises_after_the_answer_was_made, tmp_path / "3")
-        tasks.start_soon(run, a_host_that_raises_after_the_answer_was_made, ":memory:")
-        tasks.start_soon(run, a_caller_that_is_cancelled_when_it_has_its_answer, tmp_path / "4", tmp_path / "log.txt")
-        tasks.start_soon(run, a_client_that_takes_long_to_receive_its_answer, tmp_path / "5")
-        tasks.start_soon(run, anyio.to_thread.run_sync, asyncio.run, time_is_up)
-        for error in (RuntimeError, UnprintableError, SystemExit, GeneratorExit, asyncio.CancelledError):
-            tasks.start_soon(run, an_async_notifier_that_raises, error)
-        tasks.start_soon(run, many_that_do_not_return)
-        tasks.start_soon(run, a_task_that_comes_when_its_row_is_gone_and_another_came)
-    assert len(ended) == 16
+        for case in running:
+            tasks.start_soon(run, case)
+    assert set(ended) == set(running)
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    "error", [RuntimeError, SystemExit, KeyboardInterrupt, StopIteration, type("Own", (BaseException,), {})]
-)
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt, StopIteration, BaseException])
 async def test_whatever_a_notifier_raises_harms_no_other(error):
     sent = []
 
@@ -1723,88 +1341,44 @@ async def test_whatever_a_notifier_raises_harms_no_other(error):
     for message in ("bad", "one", "bad", "two"):
         assert (await post(app, json={"message": message})).status_code == 202
     assert sent == ["one", "two"]
-    assert await health(app) == {"status": "ok", "pending": 2, "failed": 2}
+    assert await health(app) == counts(pending=2, failed=2)
 
 
-@pytest.mark.anyio
-async def test_with_a_concurrency_of_one_each_of_many_at_once_is_notified():
-    sent = []
-    app = create_app(sent.append, outbox=":memory:", concurrency=1)
-    async with anyio.create_task_group() as tasks:
-        for _ in range(30):
-            tasks.start_soon(post, app)
-    assert len({n.id for n in sent}) == len(sent) == 30
-
-
-@pytest.mark.anyio
 @pytest.mark.parametrize(("served", "kind"), [(False, "delay"), (True, "delay"), (True, "async def")])
-async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_tasks(tmp_path, served, kind):
-    answers, delivered = [], []
-    gate = anyio.Event()
-
-    async def notify(notification):
-        await gate.wait()
-        delivered.append(notification.id)
-
-    notifier = {"async def": notify, "delay": None}[kind]
-    app = create_app(notifier, log=tmp_path / "log.txt", outbox=":memory:", delay=0.2)
+async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_tasks(log, served, kind):
+    answers, gate = [], Gate()
+    app = create_app(None if kind == "delay" else gate.on_loop, log=log, outbox=":memory:", delay=0.2)
 
     async def ask():
         answers.append((await post(app)).json()["id"])
 
-    def done():
-        return delivered or ids(tmp_path / "log.txt")
-
-    async with AsyncExitStack() as stack:
-        if served:
-            await stack.enter_async_context(lifespan(app))
+    async with lifespan(app) if served else nullcontext():
         async with anyio.create_task_group() as tasks:
             for _ in range(520):
                 tasks.start_soon(ask)
-            if served and kind == "async def":
+            if kind == "async def":
                 await soon(lambda: len(answers) == 20)  # the other requests' tasks have to do with one each
-            gate.set()
+            gate.open()
         if served:
-            await soon(lambda: len(done()) == 520)
-        assert sorted(done()) == sorted(answers)
-        assert await health(app) == {"status": "ok", "pending": 0, "failed": 0}
+            await soon(lambda: len(gate.sent or ids(log)) == 520)
+        assert sorted(n.id for n in gate.sent or read(log)) == sorted(answers)
+        assert await health(app) == counts()
 
 
-@pytest.mark.anyio
-async def test_full_with_no_lifespan_it_heals_with_the_next_traffic(tmp_path):
-    log = tmp_path / "gone" / "log.txt"
-    app = create_app(log=log, outbox=tmp_path / "outbox", max_pending=2)
-    assert [(await post(app)).status_code for _ in range(3)] == [202, 202, 503]
-    log.parent.mkdir()
-
-    async def room():
-        return (await post(app)).status_code == 202
-
-    await soon(room)
+def raises(notification):
+    raise RuntimeError("the mail is down")
 
 
-@pytest.mark.anyio
 async def test_at_max_pending_a_key_that_was_answered_is_answered_again():
-    def notify(notification):
-        raise RuntimeError
-
-    app = create_app(notify, outbox=":memory:", max_pending=1)
-    first = await post(app, headers=KEY)
-    again, other, full = (
-        await post(app, headers=KEY),
-        await post(app, headers=KEY, json={"message": "x"}),
-        await post(app),
-    )
+    app = create_app(raises, outbox=":memory:", max_pending=1)
+    first, again = [await post(app, headers=KEY) for _ in range(2)]
+    other, full = await post(app, headers=KEY, json={"message": "x"}), await post(app)
     assert [answer.status_code for answer in (first, again, other, full)] == [202, 202, 422, 503]
     assert again.json() == first.json()
 
 
-@pytest.mark.anyio
 async def test_many_failures_do_not_flood_the_servers_log(caplog):
-    def notify(notification):
-        raise RuntimeError("the mail is down")
-
-    app = create_app(notify, outbox=":memory:")
+    app = create_app(raises, outbox=":memory:")
     async with client(app) as http:
         for _ in range(500):
             assert (await http.post(PATH)).status_code == 202
@@ -1812,182 +1386,127 @@ async def test_many_failures_do_not_flood_the_servers_log(caplog):
     assert 1 <= len(warnings(caplog)) <= 100
 
 
-def _a_directory(log):
-    log.mkdir()
-    return log.rmdir
-
-
-def _in_no_folder(log):
-    return log.parent.mkdir
-
-
-def _a_dangling_link(log):
-    log.parent.mkdir()
-    log.symlink_to(log.parent / "missing" / "log.txt")
-    return log.unlink
-
-
-@pytest.mark.anyio
-@cases("break_it", {"a directory": _a_directory, "in no folder": _in_no_folder, "a dangling link": _a_dangling_link})
-async def test_a_log_that_cannot_be_written_stops_nothing_and_heals_by_itself(tmp_path, caplog, break_it):
-    log = tmp_path / "logs" / "log.txt"
-    if break_it is _a_directory:
-        log.parent.mkdir()
-    mend = break_it(log)
-    app = create_app(log=log, outbox=tmp_path / "outbox")
-    async with lifespan(app):
-        answers = [await post(app) for _ in range(30)]
-        assert [answer.status_code for answer in answers] == [202] * 30
-        assert await health(app) == {"status": "ok", "pending": 30, "failed": 30}
-        assert 1 <= len(warnings(caplog)) <= 5
-        assert str(log) in warnings(caplog)[0]
-        mend()
-        await soon(lambda: len(ids(log)) >= 30)
-        await soon(lambda: _is(health(app), {"status": "ok", "pending": 0, "failed": 0}))
-    assert sorted(n.id for n in read(log)) == sorted(answer.json()["id"] for answer in answers)
-
-
-@pytest.mark.anyio
-async def test_without_a_lifespan_the_next_traffic_retries(tmp_path):
-    log = tmp_path / "log.txt"
-    log.mkdir()
-    app = create_app(log=log, outbox=tmp_path / "outbox")
-    first = (await post(app)).json()["id"]
-    log.rmdir()
-
-    async def retried():
-        await post(app)
-        return first in ids(log)
-
-    await soon(retried)
-    assert Counter(n.id for n in read(log))[first] == 1
-
-
-@pytest.mark.anyio
-async def test_what_failed_is_kept_for_the_next_start(tmp_path):
-    def notify(notification):
-        raise RuntimeError
-
-    app = create_app(notify, outbox=tmp_path / "outbox")
-    async with lifespan(app):
+async def test_what_failed_is_kept_for_the_next_start(outbox, sent):
+    async with lifespan(create_app(raises, outbox=outbox)) as app:
         failed = (await post(app)).json()["id"]
-    sent = []
-    async with lifespan(create_app(sent.append, outbox=tmp_path / "outbox")):
+    async with lifespan(create_app(sent.append, outbox=outbox)):
         await soon(lambda: sent)
     assert [n.id for n in sent] == [failed]
 
 
-TORN = {
-    "half a line": b"2026-11-22T05:46:00.123Z 5f0c notification for a@b.c: ha",
-    "one byte": b"2",
-    "9,000 bytes": b"x" * 9000,
-    "half a character": "é".encode()[:1],
+BROKEN_LOGS = {
+    "a directory": ("log.txt", Path.mkdir, Path.rmdir),
+    "in no folder": ("missing/log.txt", lambda log: None, lambda log: log.parent.mkdir()),
+    "a dangling link": ("log.txt", lambda log: log.symlink_to("missing/log.txt"), Path.unlink),
 }
 
 
-@pytest.mark.anyio
+@cases("path, spoil, mend", BROKEN_LOGS)
+async def test_a_log_that_cannot_be_written_stops_nothing_and_heals_by_itself(tmp_path, caplog, path, spoil, mend):
+    log = tmp_path / path
+    spoil(log)
+    async with lifespan(create_app(log=log, outbox=tmp_path / "outbox")) as app:
+        answers = [await post(app) for _ in range(30)]
+        assert [answer.status_code for answer in answers] == [202] * 30
+        assert await health(app) == counts(pending=30, failed=30)
+        assert 1 <= len(warnings(caplog)) <= 5
+        assert str(log) in warnings(caplog)[0]
+        mend(log)
+        await soon(lambda: len(ids(log)) >= 30)
+        await settled(app)
+    assert sorted(n.id for n in read(log)) == sorted(answer.json()["id"] for answer in answers)
+
+
+@pytest.mark.parametrize("max_pending", [2, 1000], ids=["full", ""])
+async def test_without_a_lifespan_the_next_traffic_retries_and_so_it_heals(log, outbox, max_pending):
+    log.mkdir()
+    app = create_app(log=log, outbox=outbox, max_pending=max_pending)
+    answers = [await post(app) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [202, 202, 503 if max_pending == 2 else 202]
+    first = answers[0].json()["id"]
+    log.rmdir()
+
+    async def retried():
+        return (await post(app)).status_code == 202 and first in ids(log)
+
+    await soon(retried)
+    assert [n.id for n in read(log)].count(first) == 1
+
+
+WHOLE = A_LINE.format(id="5f0b").encode() + b"\n"
+TORN = {"half a line": WHOLE[:-3], "one byte": b"2", "9,000 bytes": b"x" * 9000, "half a character": "é".encode()[:1]}
+
+
 @cases("tail", TORN)
-@pytest.mark.parametrize(
-    "head", [b"", b"2026-11-22T05:46:00.123Z 5f0b notification for a@b.c: whole\n"], ids=["", "after a whole line"]
-)
-async def test_a_torn_last_line_is_never_glued_to_the_next(tmp_path, head, tail):
-    log = tmp_path / "log.txt"
+@cases("head", {"": b"", "after a whole line": WHOLE})
+async def test_a_torn_last_line_is_never_glued_to_the_next(log, head, tail):
     log.write_bytes(head + tail)
     answers = [(await post(create_app(log=log, outbox=":memory:"))).json()["id"] for _ in range(2)]
     assert log.read_bytes().startswith(head)
-    rest = log.read_bytes().removeprefix(head)
-    lines = rest.removeprefix(tail + b"\n").decode().split("\n")
-    assert [_parse(line).id for line in lines[:-1]] == answers
-    assert lines[-1] == ""
+    *lines, end = log.read_bytes().removeprefix(head).removeprefix(tail + b"\n").decode().split("\n")
+    assert [_parse(line).id for line in lines] == answers
+    assert end == ""
 
 
-def database(outbox: Path) -> Path:
-    [path] = [path for path in outbox.iterdir() if path.read_bytes().startswith(b"SQLite format 3\0")]
-    return path
+def rewritten(name, change):
+    """A damage that changes the bytes of one of the outbox's files."""
 
-
-def _a_file(outbox):
-    shutil.rmtree(outbox)
-    outbox.write_text("mine")
-
-
-def _under_a_file(outbox):
-    _a_file(outbox.parent)
-
-
-def _garbage(outbox):
-    database(outbox).write_bytes(b"garbage " * 4096)
-
-
-def _short_garbage(outbox):
-    database(outbox).write_bytes(b"x")
-
-
-def _cut_in_half(outbox):
-    path = database(outbox)
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def _cut_in_half_alone(outbox):
-    with closing(sqlite3.connect(database(outbox))) as db:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    assert not list(outbox.glob("*-wal"))
-    _cut_in_half(outbox)
-
-
-def _anothers(outbox):
-    path = database(outbox)
-    for file in outbox.glob(f"{path.name}*"):
-        file.unlink()
-    with closing(sqlite3.connect(path)) as db:
-        db.execute("CREATE TABLE pending (mine)")
-
-
-def _emptied(outbox):
-    os.truncate(database(outbox), 0)
-
-
-def _scribbled(outbox):
-    path = database(outbox)
-    path.write_bytes(path.read_bytes()[:100] + b"\xaa" * (path.stat().st_size - 100))
-
-
-def _log_damaged_at(start, end):
     def damage(outbox):
-        path = next(outbox.glob("*-wal"))
-        data = path.read_bytes()
-        path.write_bytes(data[:start] + bytes(255 - byte for byte in data[start:end]) + data[end:])
+        path = outbox / name
+        path.write_bytes(change(path.read_bytes()))
 
     return damage
 
 
-def _log_zeroed(outbox):
-    path = next(outbox.glob("*-wal"))
-    path.write_bytes(bytes(32) + path.read_bytes()[32:])
+def inverted(start, end):
+    return rewritten("outbox.db-wal", lambda data: data[:start] + bytes(255 - x for x in data[start:end]) + data[end:])
+
+
+def a_file(outbox):
+    shutil.rmtree(outbox)
+    outbox.write_text("mine")
+
+
+cut_in_half = rewritten("outbox.db", lambda data: data[: len(data) // 2])
+
+
+def cut_in_half_alone(outbox):
+    with closing(sqlite3.connect(outbox / "outbox.db")) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert not (outbox / "outbox.db-wal").exists()
+    cut_in_half(outbox)
+
+
+def anothers(outbox):
+    for path in outbox.glob("outbox.db*"):
+        path.unlink()
+    with closing(sqlite3.connect(outbox / "outbox.db")) as db:
+        db.execute("CREATE TABLE pending (mine)")
 
 
 DAMAGES = {
-    "a file": _a_file,
-    "under a file": _under_a_file,
-    "garbage": _garbage,
-    "one byte of garbage": _short_garbage,
-    "cut in half": _cut_in_half,
-    "cut in half with no log beside it": _cut_in_half_alone,
-    "emptied beside its log": _emptied,
-    "scribbled over": _scribbled,
-    "another program's database": _anothers,
-    "its log's first byte": _log_damaged_at(0, 1),
-    "its log's page size": _log_damaged_at(8, 12),
-    "its log's salt": _log_damaged_at(16, 24),
-    "its log's header zeroed": _log_zeroed,
+    "a file": a_file,
+    "under a file": lambda outbox: a_file(outbox.parent),
+    "garbage": rewritten("outbox.db", lambda data: b"garbage " * 4096),
+    "one byte of garbage": rewritten("outbox.db", lambda data: b"x"),
+    "cut in half": cut_in_half,
+    "cut in half with no log beside it": cut_in_half_alone,
+    "emptied beside its log": rewritten("outbox.db", lambda data: b""),
+    "scribbled over": rewritten("outbox.db", lambda data: data[:100] + b"\xaa" * (len(data) - 100)),
+    "another program's database": anothers,
+    "its log's first byte": inverted(0, 1),
+    "its log's page size": inverted(8, 12),
+    "its log's salt": inverted(16, 24),
+    "its log's header zeroed": rewritten("outbox.db-wal", lambda data: bytes(32) + data[32:]),
 }
 
 
 @pytest.fixture(params=DAMAGES.values(), ids=DAMAGES)
 def damaged(request, dead, tmp_path):
-    shutil.copytree(dead[0] / "outbox", tmp_path / "deep" / "outbox")
-    request.param(tmp_path / "deep" / "outbox")
-    return tmp_path / "deep" / "outbox"
+    outbox = tmp_path / "deep" / "outbox"
+    shutil.copytree(dead.outbox, outbox)
+    request.param(outbox)
+    return outbox
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -1996,27 +1515,18 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-@pytest.mark.anyio
-async def test_a_damaged_outbox_is_refused_at_start_and_not_touched(damaged, tmp_path):
+async def test_a_damaged_outbox_is_refused_at_start_or_else_with_503_and_not_touched(damaged, tmp_path, log, caplog):
     before = contents(tmp_path)
     with pytest.raises(Exception, match=re.escape(str(damaged))):
-        async with lifespan(create_app(log=tmp_path / "log.txt", outbox=damaged)):
+        async with lifespan(create_app(log=log, outbox=damaged)):
             pass
     assert contents(tmp_path) == before
-
-
-@pytest.mark.anyio
-async def test_embedded_with_no_start_a_damaged_outbox_is_a_503_and_not_touched(damaged, tmp_path, caplog):
-    before = contents(tmp_path)
-    app = create_app(log=tmp_path / "log.txt", outbox=damaged)
-    response = await post(app)
+    async with client(create_app(log=log, outbox=damaged)) as http:
+        response, answer = await http.post(PATH), await http.get("/health")
     refusal(response, 503)
     assert int(response.headers["retry-after"]) > 0
-    async with client(app) as http:
-        answer = await http.get("/health")
-    assert answer.status_code == 503
+    assert (answer.status_code, answer.json()["pending"]) == (503, 0)
     assert answer.json()["status"] != "ok"
-    assert answer.json()["pending"] == 0
     assert contents(tmp_path) == before
     assert any(str(damaged) in warning for warning in warnings(caplog))
 
@@ -2053,6 +1563,11 @@ def in_chunks(body: bytes, size=1000) -> bytes:
 
 
 MEDIA, CHUNKED = b"Content-Type: application/json", b"Transfer-Encoding: chunked"
+BAD_TARGETS = [
+    b"user@example.com%0A", b"user@example.com/%0a", b"user@example.com%0D%0A2026%20forged", b"user%00@example.com",
+    b"%1B[31muser@example.com", b"us%FFer@example.com", b"us%C0%AFer@example.com", b"user@example.com%0",
+    b"user@example.com%", b"a" * 3000 + b"@example.com",
+]  # fmt: skip
 RAW = {
     "plain": ({202}, request()),
     "HTTP/1.0": ({202}, b"POST %s HTTP/1.0\r\nHost: test\r\n\r\n" % TARGET),
@@ -2061,44 +1576,23 @@ RAW = {
     "encoded slash": ({202}, request(b"/send-notification/a%2Fb@example.com")),
     "query": ({202}, request(b"/send-notification/user@example.com?message=forged%0A")),
     "Authorization not ASCII": ({202}, request(TARGET, b"Authorization: Bearer \xff\xfe")),
-    "chunked without a length": (
-        {202},
-        request(TARGET, MEDIA, CHUNKED, body=in_chunks(b'{"message": "hi"}', 3), length=False),
-    ),
+    "chunked without a length": ({202}, request(TARGET, MEDIA, CHUNKED, body=in_chunks(BODY, 3), length=False)),
     "chunked and empty": ({202}, request(TARGET, CHUNKED, body=in_chunks(b""), length=False)),
     "chunked over 64 KiB": ({413}, request(TARGET, MEDIA, CHUNKED, body=in_chunks(b" " * 65537), length=False)),
     "over 64 KiB": ({413}, request(TARGET, MEDIA, body=b" " * 65537)),
-    "ten megabytes promised": (
-        {413},
-        request(TARGET, MEDIA, b"Content-Length: 10000000", body=b" " * 65537, length=False),
-    ),
+    "10 MB promised": ({413}, request(TARGET, MEDIA, b"Content-Length: 10000000", body=b" " * 65537, length=False)),
     "bad chunk": ({400}, request(TARGET, MEDIA, CHUNKED, body=b"zz\r\n", length=False)),
-    "30,000 brackets": ({400}, request(TARGET, MEDIA, body=b"[" * 30_000)),
-    "UTF-16": ({400}, request(TARGET, MEDIA, body='{"message": "hi"}'.encode("utf-16"))),
-    "lone surrogate": ({422}, request(TARGET, MEDIA, body=b'{"message": "\\ud800"}')),
-    "6,000 digits": ({422}, request(TARGET, MEDIA, body=b'{"message": %s}' % (b"1" * 6000))),
     "key in UTF-8": ({400}, request(TARGET, "Idempotency-Key: ключ".encode())),
-    "newline at the end": ({422}, request(b"/send-notification/user@example.com%0A")),
-    "slash and newline at the end": ({422}, request(b"/send-notification/user@example.com/%0a")),
-    "CR LF and a forged line": ({422}, request(b"/send-notification/user@example.com%0D%0A2026%20forged")),
-    "NUL": ({422}, request(b"/send-notification/user%00@example.com")),
-    "ESC": ({422}, request(b"/send-notification/%1B[31muser@example.com")),
-    "U+2028": ({422}, request(b"/send-notification/user%E2%80%A8@example.com")),
-    "bidi override": ({422}, request(b"/send-notification/%E2%80%AEuser@example.com")),
-    "not UTF-8": ({422}, request(b"/send-notification/us%FFer@example.com")),
-    "overlong UTF-8": ({422}, request(b"/send-notification/us%C0%AFer@example.com")),
-    "cut off percent": ({422}, request(b"/send-notification/user@example.com%0")),
-    "percent alone": ({422}, request(b"/send-notification/user@example.com%")),
     "percent and no digits": ({202, 400, 422}, request(b"/send-notification/%zz%4@example.com")),
     "raw bytes": ({400, 422}, request("/send-notification/üser@example.com".encode())),
     "raw NUL": ({400, 422}, request(b"/send-notification/user\0@example.com")),
-    "3,000 characters": ({422}, request(b"/send-notification/" + b"a" * 3000 + b"@example.com")),
     "newline after health": ({404}, request(b"/health%0A", method=b"GET")),
     "unknown path": ({404}, request(b"/nothing", method=b"GET")),
     "dots": ({405, 422}, request(b"/send-notification/../health")),
     "wrong method": ({405}, request(method=b"PUT")),
     "unheard-of method": ({400, 405}, request(method=b"BREW")),
     "no HTTP": ({400}, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"),
+    **{shown(target): ({422}, request(b"/send-notification/" + target)) for target in BAD_TARGETS},
 }
 
 
@@ -2132,7 +1626,7 @@ def test_errors_leave_the_connection_to_the_next_request(live):
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 @pytest.mark.parametrize("chunked", [False, True], ids=["with a length", "chunked"])
 def test_a_client_that_leaves_in_mid_body_is_no_error_in_the_servers_log(live, reset, chunked):
-    part = in_chunks(b'{"message": "hi"}')[:-5] if chunked else b'{"message": '
+    part = in_chunks(BODY)[:-5] if chunked else b'{"message": '
     data = request(TARGET, MEDIA, CHUNKED if chunked else b"Content-Length: 100", body=part, length=False)
     before = live.stderr()
     for _ in range(5):
@@ -2149,37 +1643,8 @@ def test_a_client_that_leaves_in_mid_body_is_no_error_in_the_servers_log(live, r
 def test_fuzz(live, seed):
     """Whatever bytes arrive: a 202 with its one line, or a 4xx with none; never a 5xx."""
     chance = random.Random(seed)
-    hostile = [
-        b"%0A",
-        b"%0D%0A",
-        b"%00",
-        b"%",
-        b"%zz",
-        b"%C3%A9",
-        b"/",
-        b"//",
-        b"..",
-        b"@",
-        b" ",
-        b"\t",
-        b"\xff",
-        b"\xe2\x80\xa8",
-    ]
-    hostile += [
-        b'"',
-        b"\\",
-        b"\\ud800",
-        b"{",
-        b"}",
-        b"[" * 1000,
-        b"1" * 5000,
-        b"null",
-        b"NaN",
-        b'"message"',
-        b":",
-        b",",
-        b"\0",
-    ]
+    hostile = rb"% %0A %0D%0A %00 %zz %C3%A9 / // .. @ \ \ud800 { } : , null NaN".split()
+    hostile += [b" ", b"\t", b"\0", b"\xff", b"\xe2\x80\xa8", b'"', b'"message"', b"[" * 1000, b"1" * 5000]
 
     def mutate(data: bytes) -> bytes:
         for _ in range(chance.choice([0, 0, 0, 0, 1, 1, 3])):
@@ -2194,7 +1659,7 @@ def test_fuzz(live, seed):
         key = b"Idempotency-Key: " + mutate(b"key %d" % chance.randrange(10**9))
         media = b"Content-Type: " + mutate(b"application/json")
         bearer = b"Authorization: " + mutate(b"Bearer token")
-        body = mutate(b'{"message": "hi"}')
+        body = mutate(BODY)
         headers = [header.translate(None, b"\r\n") for header in (key, media, bearer) if chance.random() < 0.8]
         answer = live.talk(request(target.translate(None, b"\r\n") or b"/", *headers, body=body))
         [status] = re.findall(rb"HTTP/1\.[01] (\d{3}) ", answer) or [b"none"]
@@ -2206,16 +1671,15 @@ def test_fuzz(live, seed):
 
 def test_five_answers_on_one_connection_while_every_notification_takes_an_hour(tmp_path):
     with serve(tmp_path, delay=AN_HOUR) as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
         sockets = set()
-        for _ in range(5):
-            connection.request("POST", PATH)
-            response = connection.getresponse()
-            assert (response.status, len(json.load(response)["id"]) > 8) == (202, True)
-            sockets.add(connection.sock)
-        connection.close()
+        with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
+            for _ in range(5):
+                connection.request("POST", PATH)
+                response = connection.getresponse()
+                assert (response.status, len(json.load(response)["id"]) > 8) == (202, True)
+                sockets.add(connection.sock)
         assert len(sockets) == 1
-        assert server.http.get("/health").json() == {"status": "ok", "pending": 5, "failed": 0}
+        assert server.http.get("/health").json() == counts(pending=5)
         assert ids(server.log) == []
 
 
@@ -2225,7 +1689,7 @@ def test_a_log_that_hangs_for_ever_holds_up_no_answer(tmp_path):
     with serve(tmp_path) as server:
         for _ in range(20):
             server.post()
-        eventually(lambda: server.http.get("/health").json() == {"status": "ok", "pending": 20, "failed": 20})
+        server.settled(pending=20, failed=20)
         reader = os.open(tmp_path / "log.txt", os.O_RDONLY | os.O_NONBLOCK)
         lines = bytearray()
 
@@ -2235,9 +1699,9 @@ def test_a_log_that_hangs_for_ever_holds_up_no_answer(tmp_path):
             return lines.count(b"\n") >= 20
 
         eventually(all_there)
-        eventually(lambda: server.http.get("/health").json()["pending"] == 0)
+        server.settled()
         os.close(reader)
-    assert sorted(_parse(line).id for line in lines.decode().split("\n")[:-1]) == sorted(server.accepted)
+    assert sorted(_parse(line).id for line in lines.decode().splitlines()) == sorted(server.accepted)
 
 
 OWN_NOTIFIER = """
@@ -2267,24 +1731,22 @@ def test_a_notifier_that_raises_costs_the_connection_nothing(tmp_path):
         bad = [server.post("bad").json()["id"] for _ in range(3) if server.post("good")]
         good = [id for id in server.accepted if id not in bad]
         eventually(lambda: sorted(ids(tmp_path / "sent.txt")) == sorted(good))
-        eventually(lambda: server.http.get("/health").json() == {"status": "ok", "pending": 3, "failed": 3})
+        server.settled(pending=3, failed=3)
         assert all(id in server.stderr() for id in bad)
         assert "the mail is down" in server.stderr()
 
 
-@cases("damage", {"a file": _a_file, "cut in half": _cut_in_half})
-def test_a_server_does_not_start_on_a_damaged_outbox(dead, tmp_path, damage):
-    shutil.copytree(dead[0] / "outbox", tmp_path / "outbox")
-    damage(tmp_path / "outbox")
+def test_a_server_does_not_start_on_a_damaged_outbox(dead, tmp_path, outbox):
+    shutil.copytree(dead.outbox, outbox)
+    cut_in_half(outbox)
     before = contents(tmp_path)
     with serve(tmp_path, ready=False) as server:
         assert server.process.wait(20) != 0
-    assert f"{tmp_path / 'outbox'}" in server.stderr()
+    assert str(outbox) in server.stderr()
     assert {path: data for path, data in contents(tmp_path).items() if "stderr" not in path} == before
 
 
 # ---------------------------------------------------------------------------------------------------- crash
-
 
 STOPS = {
     "kill -9": ((), [signal.SIGKILL]),
@@ -2309,7 +1771,7 @@ def test_what_was_acknowledged_is_written_exactly_once_after(tmp_path, options, 
         replay = restarted.post(headers=KEY)
         assert replay.headers["idempotent-replayed"] == "true"
         assert replay.json()["id"] == server.accepted[-1]
-        eventually(lambda: restarted.http.get("/health").json() == {"status": "ok", "pending": 0, "failed": 0})
+        restarted.settled()
         restarted.stop()
     assert sorted(n.id for n in read(restarted.log)) == sorted(server.accepted)
 
@@ -2331,7 +1793,7 @@ def test_a_notifier_of_ones_own_is_called_with_the_same_id_after_a_crash(tmp_pat
     (tmp_path / "stuck").unlink()
     with serve(tmp_path, app="own:app") as restarted:
         eventually(lambda: ids(tmp_path / "sent.txt"))
-        eventually(lambda: restarted.http.get("/health").json() == {"status": "ok", "pending": 0, "failed": 0})
+        restarted.settled()
     assert ids(tmp_path / "sent.txt") == server.accepted
     assert ids(tmp_path / "started.txt") == server.accepted * 2
 
@@ -2345,7 +1807,7 @@ def test_a_living_server_delivers_what_a_killed_one_left(tmp_path):
         assert sorted(ids(second.log)) == sorted(second.accepted)
         first.kill()
         eventually(lambda: len(ids(second.log)) >= 6, 20)
-        eventually(lambda: second.http.get("/health").json() == {"status": "ok", "pending": 0, "failed": 0})
+        second.settled()
     assert sorted(n.id for n in read(second.log)) == sorted(first.accepted + second.accepted)
 
 
@@ -2372,11 +1834,10 @@ def test_killed_again_and_again_under_load_every_line_is_there_once(tmp_path):
 
     def ask(port):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        with suppress(OSError, http.client.HTTPException, ValueError):
+        with closing(connection), suppress(OSError, http.client.HTTPException, ValueError):
             while True:
                 connection.request("POST", PATH, json.dumps({"message": "x" * random.choice([10, 9000])}), JSON)
                 acknowledged.append(json.load(connection.getresponse())["id"])
-        connection.close()
 
     for more in (100, 200):
         with serve(tmp_path) as server:
@@ -2390,7 +1851,7 @@ def test_killed_again_and_again_under_load_every_line_is_there_once(tmp_path):
                 thread.join()
     with serve(tmp_path) as server:
         eventually(lambda: set(acknowledged) <= set(ids(server.log)), 20)
-        eventually(lambda: server.http.get("/health").json() == {"status": "ok", "pending": 0, "failed": 0})
+        server.settled()
         server.post()
         eventually(lambda: server.accepted[0] in ids(server.log))
     lines = Counter(n.id for n in read(server.log))
@@ -2403,26 +1864,20 @@ def test_killed_again_and_again_under_load_every_line_is_there_once(tmp_path):
 README = HERE / "README.md"
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks whose whole info string is this; `python wide` and the like are another run's."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
-
-
 def test_every_python_block_of_the_readme_runs(tmp_path):
-    env = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFY_")}
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
 
-    def run(block):
-        folder = tmp_path / f"block-{blocks('python').index(block)}"
+    def run(number):
+        folder = tmp_path / str(number)
         folder.mkdir()
-        (folder / "test_block.py").write_text(block)
-        how = ["-m", "pytest", "-p", "no:cacheprovider"] if re.search(r"^(async )?def test_", block, re.M) else []
+        (folder / "test_block.py").write_text(blocks[number])
+        how = ["-m", "pytest", "-p", "no:cacheprovider"] if "def test_" in blocks[number] else []
         command = [sys.executable, "-W", "error", *how, "test_block.py"]
-        options = {"cwd": folder, "env": env | {"PYTHONPATH": str(HERE)}, "capture_output": True, "text": True}
-        return block, subprocess.run(command, timeout=60, **options)
+        return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
 
-    assert blocks("python")
+    assert blocks
     with ThreadPoolExecutor() as threads:
-        for block, ended in threads.map(run, blocks("python")):
+        for block, ended in zip(blocks, threads.map(run, range(len(blocks))), strict=True):
             assert ended.returncode == 0, f"{block}\n{ended.stdout}{ended.stderr}"
 
 
@@ -2431,21 +1886,13 @@ def test_the_readmes_first_page_shows_what_really_happens(tmp_path):
     page = "\n".join(README.read_text().split("\n")[:30])
     assert "uvicorn service:app" in page
     assert "pytest" in page
-    [curl] = [line for line in re.sub(r"\\\n\s*", " ", page).splitlines() if line.strip("$ ").startswith("curl ")]
-    words = shlex.split(curl.strip("$ "))[1:]
-    [url] = [word for word in words if "/send-notification/" in word]
-    headers = dict(
-        re.split(r":\s*", words[n + 1], maxsplit=1) for n, word in enumerate(words) if word in ("-H", "--header")
-    )
-    data = [words[n + 1] for n, word in enumerate(words) if word in ("-d", "--data", "--json")]
-    shown = json.loads(re.search(r'^.*?(\{"id".*\})', page, re.MULTILINE)[1])
-    line = next(found for found in map(LINE.search, page.splitlines()) if found)
+    [path] = re.findall(r"^curl -X POST http://127\.0\.0\.1:8000(/send-notification/\S+)$", page, re.MULTILINE)
+    [answer] = re.findall(r'\{"id".*\}', page)
+    [line] = [found for found in map(LINE.search, page.splitlines()) if found]
     with serve(tmp_path) as server:
-        path = "/send-notification/" + url.rpartition("/send-notification/")[2]
-        headers |= JSON if "--json" in words else {}
-        response = server.http.post(path, content="".join(data), headers=headers)
+        response = server.http.post(path)
         assert response.status_code == 202
-        assert {**response.json(), "id": ""} == {**shown, "id": ""}
+        assert response.json() | {"id": ""} == json.loads(answer) | {"id": ""}
         eventually(lambda: ids(server.log))
     [written] = read(server.log)
     assert (written.email, written.message) == (line[3], line[4])
@@ -2454,3 +1901,11 @@ def test_the_readmes_first_page_shows_what_really_happens(tmp_path):
 def test_the_readme_names_every_setting_and_no_other():
     settings = {f"NOTIFY_{name.upper()}" for name in inspect.signature(create_app).parameters if name != "notify"}
     assert set(re.findall(r"NOTIFY_[A-Z_]*[A-Z]", README.read_text())) == settings
+
+
+def test_each_promise_of_the_readme_has_its_tests():
+    tests = [name for name in globals() if name.startswith("test_")]
+    choices = re.findall(r'`"(.+)"` \|$', README.read_text(), re.MULTILINE)
+    assert choices
+    for word in " or ".join(choices).split(" or "):
+        assert any(word in test for test in tests), word
