@@ -4,6 +4,8 @@ Run it with `python -m pytest`. TEST_BACKENDS=asyncio,trio runs what is asynchro
 """
 
 import asyncio
+import errno
+import fcntl
 import functools
 import http.client
 import inspect
@@ -21,6 +23,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections import Counter
@@ -216,6 +219,12 @@ def refusal(response: httpx.Response, status: int) -> str:
     detail = response.json()["detail"]
     assert re.fullmatch(r"[A-Z][^\n]+\.", detail), detail
     return detail
+
+
+def rows(outbox: Path) -> int:
+    """How many notifications the outbox keeps."""
+    with closing(sqlite3.connect(outbox / "outbox.db")) as db:
+        return db.execute("SELECT count(*) FROM pending").fetchone()[0]
 
 
 def warnings(caplog) -> list[str]:
@@ -1142,11 +1151,14 @@ async def test_log_and_outbox_may_share_a_folder(left, outbox):
         assert (outbox / "outbox.db-wal").exists()
 
 
-async def test_locks_of_the_dead_do_not_pile_up(log, outbox):
+async def test_locks_of_the_dead_do_not_pile_up_and_no_other_lock_is_touched(log, outbox):
+    outbox.mkdir()
+    (outbox / "poetry.lock").write_text("another program's")
     async with lifespan(create_app(log=log, outbox=outbox)):
         for number in range(5):
             (outbox / f"{number:016x}.lock").touch()
-        await soon(lambda: not list(outbox.glob("0*00?.lock")))
+        await soon(lambda: not list(outbox.glob("000*.lock")))
+    assert (outbox / "poetry.lock").read_text() == "another program's"
 
 
 # --------------------------------------------------------------------------------------------------- faults
@@ -1415,6 +1427,61 @@ async def test_a_log_that_cannot_be_written_stops_nothing_and_heals_by_itself(tm
         await soon(lambda: len(ids(log)) >= 30)
         await settled(app)
     assert sorted(n.id for n in read(log)) == sorted(answer.json()["id"] for answer in answers)
+
+
+async def test_what_a_log_could_not_sync_waits_for_the_next_start_renamed_or_not(log, outbox, monkeypatch):
+    """A second fsync proves nothing of what the first one failed to write."""
+
+    def fails(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        answers = [await post(app)]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fails)
+            answers.append(await post(app))
+            renamed = log.rename(log.with_name("log.txt.1"))
+            answers.append(await post(app))
+            await settled(app, failed=2)
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await soon(lambda: rows(outbox) == 0)
+    assert sorted(n.id for path in (log, renamed) for n in read(path)) == sorted(a.json()["id"] for a in answers)
+
+
+async def test_what_is_found_in_the_log_is_synced_before_its_row_goes(left, log, outbox, monkeypatch):
+    """Who wrote it may have died before, and the machine may be next."""
+    renamed = log.with_name("log.txt.1")
+    renamed.write_text(A_LINE.format(id=left[0]) + "\n")
+    synced, fsync = [], os.fsync
+
+    def watched(file):
+        synced.append((os.fstat(file).st_ino, rows(outbox)))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await soon(lambda: rows(outbox) == 0)
+        await settled(app)
+    assert (renamed.stat().st_ino, 3) in synced
+
+
+async def test_a_log_that_hangs_holds_up_no_start(tmp_path, log, outbox):
+    """Whoever appends holds the lock of the log."""
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    pipe = fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ)
+    more_than_a_pipe_holds = {"message": "\U000e0001" * 10_000}  # of which each is escaped
+    try:
+        async with lifespan(create_app(log=log, outbox=outbox)) as app, anyio.create_task_group() as tasks:
+            tasks.start_soon(functools.partial(post, app, json=more_than_a_pipe_holds))
+            await soon(lambda: fcntl.ioctl(reader, termios.FIONREAD, bytes(4)) == pipe.to_bytes(4, sys.byteorder))
+            async with lifespan(create_app(log=tmp_path / "other.txt", outbox=outbox)) as other:
+                assert await health(other) == counts()
+            while await health(app) != counts():
+                with suppress(BlockingIOError):
+                    os.read(reader, pipe)
+    finally:
+        os.close(reader)
 
 
 @pytest.mark.parametrize("max_pending", [2, 1000], ids=["full", ""])
