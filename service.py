@@ -682,13 +682,10 @@ _IN_HAND = 500  # at once in requests' tasks, and as many in the relay's; the ot
 class _Relay:
     """Delivers: at once as a request's background task, and later what had no task, failed or was left."""
 
-    def __init__(
-        self, outbox: _Outbox, notify: Callable[..., Any] | None, file: _LogFile, delay: float, threads: int
-    ) -> None:
+    def __init__(self, outbox: _Outbox, notify: Any, file: _LogFile, delay: float, threads: int) -> None:
         own = notify is not None
-        self._outbox, self._file, self._delay = outbox, file, 0.0 if own else delay
-        self._notify: Any = notify
-        self._is_async = notify is not None and BackgroundTask(notify).is_async
+        self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
+        self._is_async = own and BackgroundTask(notify).is_async
         self._group = _Group(self._call, threads) if own else _Group(self._append)
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
         self._find_delivered: _Search = (lambda ids: set()) if own else file.find  # one's own can tell by the id
