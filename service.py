@@ -916,12 +916,13 @@ class _LogFile:
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
         wanted, found, seen = {id.encode() for id in ids}, set[bytes](), set[int]()
-        # Never a file of the outbox's: to close it would drop this process's locks on it.
-        is_ours = re.compile(rf"(?!outbox\.db|.*\.lock$){re.escape(self._path.stem)}(?![a-zA-Z])").match
+        # Never a database or a lock, of ours or another's: to close it would drop this process's locks on it.
+        name, stem = re.escape(self._path.name), re.escape(self._path.stem)
+        is_ours = re.compile(rf"{name}$|(?!.*\.(db|sqlite\d?|lock)\b){stem}(?![a-zA-Z])").match
         while files := [file for file in os.scandir(self._path.parent) if is_ours(file.name) and file.is_file()]:
             before = len(seen)
             for file in files:  # and look again, as one may be renamed meanwhile
-                with suppress(FileNotFoundError), open(file, "rb") as lines:
+                with suppress(FileNotFoundError, PermissionError), open(file, "rb") as lines:  # another's
                     if (inode := os.fstat(lines.fileno()).st_ino) not in seen:
                         seen.add(inode)
                         found.update(line[_ID] for line in lines if line[_ID] in wanted and line.endswith(b"\n"))

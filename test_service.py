@@ -1151,6 +1151,17 @@ async def test_log_and_outbox_may_share_a_folder(left, outbox):
         assert (outbox / "outbox.db-wal").exists()
 
 
+async def test_a_database_beside_the_log_keeps_its_locks(left, log, outbox):
+    database = log.with_name("log.db")
+    lock = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN EXCLUSIVE')"
+    with closing(sqlite3.connect(database, isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        async with lifespan(create_app(log=log, outbox=outbox)):
+            await soon(lambda: len(ids(log)) == len(left))
+        other = subprocess.run([sys.executable, "-c", lock, database], check=False, capture_output=True)
+    assert b"database is locked" in other.stderr
+
+
 async def test_locks_of_the_dead_do_not_pile_up_and_no_other_lock_is_touched(log, outbox):
     outbox.mkdir()
     (outbox / "poetry.lock").write_text("another program's")
