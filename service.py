@@ -323,7 +323,8 @@ class _Group:
             try:
                 self._handle([entry for entry, *_ in taken])
             except BaseException:
-                log.exception("this should not happen, and is a bug of the service")
+                with suppress(Exception):
+                    log.exception("this should not happen, and is a bug of the service")
             for done, call_soon in {done: call_soon for _, done, call_soon in taken}.items():
                 with suppress(RuntimeError):  # the loop is closed, and nobody waits
                     call_soon(done.set)
@@ -359,8 +360,11 @@ PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
 _OWNERS = "SELECT DISTINCT worker FROM pending"
-_LEFT = "SELECT line, seq FROM pending WHERE worker = ? ORDER BY seq"
-_FORGET_KEYS = "DELETE FROM keys WHERE at < ?"
+_CLAIM = """
+UPDATE pending SET worker = ? WHERE seq IN (SELECT seq FROM pending WHERE worker = ? LIMIT ?) RETURNING line, seq
+"""
+_FORGET_KEYS = "DELETE FROM keys WHERE at < ? AND key IN (SELECT value FROM json_each(?))"
+_FORGET_MANY = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 10000)"
 _KEEP_KEYS = "INSERT OR IGNORE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
 _FIND_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value FROM json_each(?))"
 _PROBE = "PRAGMA user_version = 1"  # writes a page
@@ -368,7 +372,7 @@ _NO_JOURNAL = "journal_mode = OFF"  # of a lock, as there is nothing to roll bac
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
-_MOST_ADOPTED = 10_000  # notifications of the dead in memory; past it, no more of the dead are looked for
+_MOST_ADOPTED = 10_000  # notifications that were taken over and not yet tried; past it, the others have to wait
 
 
 _Search = Callable[[set[str]], set[str]]  # of ids, those whose line is in the log
@@ -406,7 +410,7 @@ class _Outbox:
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._delivered: list[int] = []  # and not deleted yet
-        self._left: dict[str, sqlite3.Connection] = {}  # the locks of the dead whose work is ours
+        self._left: list[_Entry] = []  # by the dead: ours, but not yet looked for in the log
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
@@ -481,7 +485,7 @@ class _Outbox:
         fresh: list[_Entry] = []
         keys: dict[str | None, tuple[str, str]] = {}
         if asked := [entry.key for entry in new if entry.key]:
-            db.execute(_FORGET_KEYS, (time.time() - _DAY,))
+            db.execute(_FORGET_KEYS, (time.time() - _DAY, json.dumps(asked)))
             keys = {key: (id, digest) for key, id, digest in db.execute(_FIND_KEYS, (json.dumps(asked),))}
         for entry in new:
             id, digest = keys.get(entry.key, ("", entry.digest))
@@ -542,7 +546,7 @@ class _Outbox:
                 if not self._folder or self._delivered or len(self.waiting) < len(self.pending):
                     return
                 opened, self._db = self._opened.pop_all(), None
-                self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), {}
+                self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), []
             opened.close()
 
     def adopt(self, find_delivered: _Search) -> None:
@@ -555,38 +559,32 @@ class _Outbox:
                 return
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopter.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                self._adopter.execute(_FORGET_KEYS, (time.time() - _DAY,))
-            owners = {owner for (owner,) in self._adopter.execute(_OWNERS)}
-            for owner in self._left.keys() - owners:
-                self._left.pop(owner).close()
-                with suppress(OSError):
-                    self._in_folder(f"{owner}.lock").unlink()
-            owners |= {path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")}
-            self._inherit(owners - self._left.keys() - {self._worker}, find_delivered)
+                self._adopter.execute(_FORGET_MANY, (time.time() - _DAY,))
+            self._claim()
+            delivered = find_delivered({entry.line[_ID] for entry in self._left}) if self._left else set()
+            left, self._left = self._left, []
+            self.delete([entry for entry in left if entry.line[_ID] in delivered])
+            for entry in left:
+                if entry.line[_ID] not in delivered:
+                    self._adopted.add(entry.seq)
+                    self.pending[entry.seq] = self.waiting[entry.seq] = entry
 
-    def _inherit(self, owners: set[str], find_delivered: _Search) -> None:
-        """Hold the locks of those that are dead: what they left is ours, but for what the log has already."""
-        locks: dict[str, sqlite3.Connection] = {}
-        left: list[_Entry] = []
-        with ExitStack() as dead:
-            with _locked(self._in_folder("outbox.lock")):  # nobody else tries, or is about to take a lock of his own
-                for owner in owners:
-                    if len(self._adopted) + len(left) >= _MOST_ADOPTED:
-                        break
-                    try:
-                        locks[owner] = dead.enter_context(_locked(self._in_folder(f"{owner}.lock"), wait=0))
-                    except sqlite3.OperationalError:
-                        continue  # it lives
-                    left += [_Entry(line, seq=seq) for line, seq in self._adopter.execute(_LEFT, (owner,))]
-            delivered = find_delivered({entry.line[_ID] for entry in left}) if left else set()
-            if locks:
-                self._left.update(locks)
-                self._opened.push(dead.pop_all())
-        self.delete([entry for entry in left if entry.line[_ID] in delivered])
-        for entry in left:
-            if entry.line[_ID] not in delivered:
-                self._adopted.add(entry.seq)
-                self.pending[entry.seq] = self.waiting[entry.seq] = entry
+    def _claim(self) -> None:
+        """Make ours what belongs to those whose lock nobody holds, and remove the locks of those with nothing left."""
+        untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
+        room = max(0, _MOST_ADOPTED - untried - len(self._left))
+        owners = {owner for (owner,) in self._adopter.execute(_OWNERS)}
+        owners |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
+        with _locked(self._in_folder("outbox.lock")):  # nobody else tries, or is about to take a lock of his own
+            for owner in owners - {self._worker}:
+                lock = self._in_folder(f"{owner}.lock")
+                with suppress(sqlite3.OperationalError):  # it lives, or the disk is full
+                    with _locked(lock, wait=0), _transaction(self._adopter) as db:
+                        rows = db.execute(_CLAIM, (self._worker, owner, room)).fetchall()
+                    self._left += [_Entry(line, seq=seq) for line, seq in rows]
+                    room -= len(rows)
+                    if room:
+                        lock.unlink(missing_ok=True)
 
     @contextmanager
     def log_locked(self) -> Iterator[None]:
@@ -848,8 +846,8 @@ class _Warnings:
     def __call__(self, message: str, error: BaseException, *args: object) -> None:
         if self._recent[0] < time.monotonic() - 60:
             self._recent.append(time.monotonic())
-            reason = "".join(format_exception_only(error)).strip()  # whatever the error does when it is printed
-            log.warning(f"{message}: %.500r", *args, reason)
+            with suppress(Exception):  # whatever the error does when it is printed, or who handles the record
+                log.warning(f"{message}: %.500r", *args, "".join(format_exception_only(error)).strip())
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:

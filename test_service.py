@@ -1495,6 +1495,20 @@ async def test_a_log_that_hangs_holds_up_no_start(tmp_path, log, outbox):
         os.close(reader)
 
 
+async def test_who_handles_the_records_of_a_failure_and_raises_stops_no_delivery(log, outbox, monkeypatch):
+    def raises(record):
+        raise RuntimeError
+
+    monkeypatch.setattr(logging.getLogger("notify"), "filters", [raises])
+    log.mkdir()
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        answer = await post(app)
+        log.rmdir()
+        await soon(lambda: ids(log))
+        await settled(app)
+    assert ids(log) == [answer.json()["id"]]
+
+
 @pytest.mark.parametrize("max_pending", [2, 1000], ids=["full", ""])
 async def test_without_a_lifespan_the_next_traffic_retries_and_so_it_heals(log, outbox, max_pending):
     log.mkdir()
