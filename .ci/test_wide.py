@@ -578,6 +578,7 @@ def test_any_body_is_kept_or_refused(tmp_path: Path) -> None:
 
 SCHEMATHESIS = {
     "hooks.py": """
+import re
 import uuid
 import schemathesis
 
@@ -593,8 +594,8 @@ def before_call(context, case, kwargs):
 
 @schemathesis.hook
 def filter_case(context, case):
-    # Schemathesis decodes an address with %DB in it once too often, and takes the result for a valid one.
-    return "%EF%BF%BD" not in (case.path_parameters or {}).get("email", "")
+    # Schemathesis decodes an address with %2C in it once too often, and takes the result for a valid one.
+    return not re.search("%[0-9A-Fa-f]{2}", (case.path_parameters or {}).get("email", ""))
 """,
     # It does not know that a message can be refused for the size of its body.
     "schemathesis.toml": """
