@@ -215,7 +215,7 @@ async def _read_message(request: Request) -> str:
 
 
 def _route(path: str, endpoint: Callable[[Request], Any], method: str) -> Route:
-    """Starlette's own, but of the whole path, where a last newline would fall off, and but for one slash at its end."""
+    """A Route that takes no newline at the end of the path, as Starlette's own would, but takes one slash there."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         response = await endpoint(Request(scope, receive, send))
@@ -282,10 +282,10 @@ _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off
 
 
 class _Group:
-    """One thread that handles all that gathered, or so many threads that each handle one entry at a time."""
+    """One thread that handles all that gathered; or, with max_threads, so many that each handle one entry at a time."""
 
-    def __init__(self, handle: Callable[[list[_Entry]], None], threads: int = 0) -> None:
-        self._handle, self._most = handle, threads
+    def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
+        self._handle, self._max_threads = handle, max_threads
         self._entries: list[tuple[_Entry, anyio.Event, Any]] = []
         self._rounds: dict[Any, anyio.Event] = {}  # for each loop, what is set when the next round is done
         self._changed = threading.Condition()
@@ -301,7 +301,7 @@ class _Group:
             loop = anyio.lowlevel.current_token().native_token  # trio's
             at_end_of_turn = call_soon = loop.run_sync_soon
         with self._changed:
-            if loop not in self._rounds or self._most or not self._threads:
+            if loop not in self._rounds or self._max_threads or not self._threads:
                 self._rounds[loop] = anyio.Event()
                 at_end_of_turn(self.wake)
             done = self._rounds[loop]
@@ -313,7 +313,7 @@ class _Group:
         with self._changed:
             self._woken = True
             self._changed.notify()
-            if self._threads < max(1, self._most):
+            if self._threads < max(1, self._max_threads):
                 with suppress(RuntimeError):  # if no thread can be had, whoever comes next tries again
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
                     self._threads += 1
@@ -335,7 +335,7 @@ class _Group:
                 self._threads -= 1
                 return None
             self._woken, self._rounds = False, {}
-            most = 1 if self._most else len(self._entries)
+            most = 1 if self._max_threads else len(self._entries)
             taken, self._entries = self._entries[:most], self._entries[most:]
             return taken
 
@@ -374,7 +374,6 @@ _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
 _MOST_ADOPTED = 10_000  # notifications that were taken over and not yet tried; past it, the others have to wait
 
-
 _Search = Callable[[set[str]], set[str]]  # of ids, those whose line is in the log
 
 
@@ -409,7 +408,7 @@ class _Outbox:
         self.pending: dict[int, _Entry] = {}  # what is ours
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
-        self._delivered: list[int] = []  # and not deleted yet
+        self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
         self._left: list[_Entry] = []  # by the dead: ours, but not yet looked for in the log
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
@@ -423,8 +422,8 @@ class _Outbox:
         entry = _Entry(_write_line(email, message), key, digest)
         await self._writer.run(entry)
         if not entry.id:
-            failed = HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
-            raise entry.error if isinstance(entry.error, HTTPException) else failed
+            unwritable = HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
+            raise entry.error if isinstance(entry.error, HTTPException) else unwritable
         return entry
 
     async def probe(self) -> Exception | None:
@@ -451,7 +450,7 @@ class _Outbox:
 
     def delete(self, entries: list[_Entry]) -> None:
         """Count these as delivered, and delete them with the next commit."""
-        self._delivered += [entry.seq for entry in entries]
+        self._undeleted += [entry.seq for entry in entries]
         self.settle(entries)
         self._writer.wake()
 
@@ -465,7 +464,7 @@ class _Outbox:
             self._warn("the outbox cannot be written, and answers are 503", exc)
 
     def _commit(self, new: list[_Entry]) -> None:
-        delivered = self._delivered.copy()
+        delivered = self._undeleted.copy()
         with _transaction(self.open()) as db:
             db.execute(_DELETE, (json.dumps(delivered),))
             fresh = self._sort_out(db, [entry for entry in new if entry.line])
@@ -473,7 +472,7 @@ class _Outbox:
             last = db.execute(_INSERT, rows).lastrowid or 0
             if new and not fresh and not delivered:
                 db.execute(_PROBE)
-        del self._delivered[: len(delivered)]
+        del self._undeleted[: len(delivered)]
         late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
             entry.seq, entry.id, entry.due = seq, entry.line[_ID], late
@@ -543,7 +542,7 @@ class _Outbox:
         """Let go of the outbox, unless something is in hand or undeleted, which ends with the process."""
         with self._adopting, self._lock, _locked(self._in_folder("outbox.lock")):  # nobody shall start meanwhile
             with self._taking:
-                if not self._folder or self._delivered or len(self.waiting) < len(self.pending):
+                if not self._folder or self._undeleted or len(self.waiting) < len(self.pending):
                     return
                 opened, self._db = self._opened.pop_all(), None
                 self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), []
@@ -553,7 +552,7 @@ class _Outbox:
         """Take over what the dead left; waits for the disk, and as long as it takes to search the log."""
         with self._adopting:
             self.open()
-            if self._delivered:
+            if self._undeleted:
                 self._writer.wake()  # so that it tries again
             if not self._folder:
                 return
@@ -692,7 +691,7 @@ class _Relay:
         self._in_requests: set[_Entry] = set()  # in hand
         self._in_relay: set[_Entry] = set()
         self._most = max(_IN_HAND, threads)  # of each
-        self._written: list[_Entry] = []  # to the log, but perhaps not to the disk
+        self._unsynced: list[_Entry] = []  # to the log, but perhaps not to the disk
         self._synced = self._next = self._next_look = 0.0  # on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
@@ -804,16 +803,16 @@ class _Relay:
             self._fail(new, exc)
         else:
             self._outbox.settle(new)
-            self._written += new
+            self._unsynced += new
         if new and new == entries and time.monotonic() < self._synced + _LINGER:
             return self._group.wake()  # with others, or alone when no others come
-        written, self._written, self._synced = self._written, [], time.monotonic()
+        unsynced, self._unsynced, self._synced = self._unsynced, [], time.monotonic()
         try:
             self._file.sync()
         except OSError as exc:  # to sync again would prove nothing: the next start searches the log
-            self._fail(written, exc, give_up=0)
+            self._fail(unsynced, exc, give_up=0)
         else:
-            self._outbox.delete(written)
+            self._outbox.delete(unsynced)
 
     def _fail(self, entries: list[_Entry], error: BaseException, give_up: float = math.inf) -> None:
         """Have the entries wait as long as they have failed so far, so that pauses double."""
