@@ -372,7 +372,7 @@ _NO_JOURNAL = "journal_mode = OFF"  # of a lock, as there is nothing to roll bac
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
-_MOST_ADOPTED = 10_000  # notifications that were taken over and not yet tried; past it, the others have to wait
+_MOST_ADOPTED = 20_000  # notifications that were taken over and not yet tried; past it, the others have to wait
 
 _Search = Callable[[set[str]], set[str]]  # of ids, those whose line is in the log
 
@@ -570,12 +570,15 @@ class _Outbox:
 
     def _claim(self) -> None:
         """Make ours what belongs to those whose lock nobody holds, and remove the locks of those with nothing left."""
-        untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
-        room = max(0, _MOST_ADOPTED - untried - len(self._left))
         owners = {owner for (owner,) in self._adopter.execute(_OWNERS)}
         owners |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
+        owners.discard(self._worker)
+        if not owners:
+            return
+        untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
+        room = max(0, _MOST_ADOPTED - untried - len(self._left))
         with _locked(self._in_folder("outbox.lock")):  # nobody else tries, or is about to take a lock of his own
-            for owner in owners - {self._worker}:
+            for owner in owners:
                 lock = self._in_folder(f"{owner}.lock")
                 with suppress(sqlite3.OperationalError):  # it lives, or the disk is full
                     with _locked(lock, wait=0), _transaction(self._adopter) as db:
