@@ -544,9 +544,11 @@ class _Outbox:
             with self._taking:
                 if not self._folder or self._undeleted or len(self.waiting) < len(self.pending):
                     return
-                opened, self._db = self._opened.pop_all(), None
+                opened, self._db, rest = self._opened.pop_all(), None, self.pending or self._left
                 self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), []
             opened.close()
+            if not rest:
+                self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
 
     def adopt(self, find_delivered: _Search) -> None:
         """Take over what the dead left; waits for the disk, and as long as it takes to search the log."""
@@ -853,7 +855,7 @@ class _Warnings:
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
-    return await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True)
+    return await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))  # not one of the host's
 
 
 # ---------------------------------------------------------------------------------------------------- log file
