@@ -1170,6 +1170,7 @@ async def test_locks_of_the_dead_do_not_pile_up_and_no_other_lock_is_touched(log
             (outbox / f"{number:016x}.lock").touch()
         await soon(lambda: not list(outbox.glob("000*.lock")))
     assert (outbox / "poetry.lock").read_text() == "another program's"
+    assert {path.name for path in outbox.glob("*.lock")} == {"poetry.lock", "outbox.lock", "log.lock"}
 
 
 # --------------------------------------------------------------------------------------------------- faults
