@@ -465,6 +465,8 @@ class _Outbox:
 
     def _commit(self, new: list[_Entry]) -> None:
         delivered = self._undeleted.copy()
+        if not new and not delivered:
+            return
         with _transaction(self.open()) as db:
             db.execute(_DELETE, (json.dumps(delivered),))
             fresh = self._sort_out(db, [entry for entry in new if entry.line])
@@ -528,7 +530,7 @@ class _Outbox:
             if is_new:
                 db.executescript(_SCHEMA)
             for each in db, self._adopter:
-                each.execute("PRAGMA busy_timeout = 1")  # millisecond: see _transaction, and adopt has another time
+                each.execute("PRAGMA busy_timeout = 1")  # ms: _transaction tries again, and adopt at its next look
             self._inode = self._path.stat().st_ino if self._folder else 0
             self._worker = secrets.token_hex(8)
             opened.enter_context(_locked(self._in_folder(f"{self._worker}.lock")))
@@ -539,7 +541,10 @@ class _Outbox:
         return self._folder / name if self._folder else self._path
 
     def close(self) -> None:
-        """Let go of the outbox, unless something is in hand or undeleted, which ends with the process."""
+        """Let go of the outbox, and leave what waits to whoever looks next.
+
+        Not while something is in hand or undeleted: then it ends with the process.
+        """
         with self._adopting, self._lock, _locked(self._in_folder("outbox.lock")):  # nobody shall start meanwhile
             with self._taking:
                 if not self._folder or self._undeleted or len(self.waiting) < len(self.pending):
@@ -562,7 +567,9 @@ class _Outbox:
                 self._adopter.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._adopter.execute(_FORGET_MANY, (time.time() - _DAY,))
             self._claim()
-            delivered = find_delivered({entry.line[_ID] for entry in self._left}) if self._left else set()
+            if not self._left:
+                return
+            delivered = find_delivered({entry.line[_ID] for entry in self._left})
             left, self._left = self._left, []
             self.delete([entry for entry in left if entry.line[_ID] in delivered])
             for entry in left:
@@ -582,13 +589,20 @@ class _Outbox:
         with _locked(self._in_folder("outbox.lock")):  # nobody else tries, or is about to take a lock of his own
             for owner in owners:
                 lock = self._in_folder(f"{owner}.lock")
-                with suppress(sqlite3.OperationalError):  # it lives, or the disk is full
-                    with _locked(lock, wait=0), _transaction(self._adopter) as db:
-                        rows = db.execute(_CLAIM, (self._worker, owner, room)).fetchall()
-                    self._left += [_Entry(line, seq=seq) for line, seq in rows]
-                    room -= len(rows)
+                with suppress(sqlite3.Error):  # it lives, the disk is full or busy, or it is no lock of ours
+                    with _locked(lock, wait=0):
+                        while rows := self._claim_some(owner, min(room, 500)):
+                            room -= len(rows)
                     if room:
                         lock.unlink(missing_ok=True)
+
+    def _claim_some(self, owner: str, most: int) -> list[_Entry]:
+        """So many in one transaction, as the other workers' commits wait for its end."""
+        with _transaction(self._adopter) as db:
+            rows = db.execute(_CLAIM, (self._worker, owner, most)).fetchall()
+        entries = [_Entry(line, seq=seq) for line, seq in rows]
+        self._left += entries
+        return entries
 
     @contextmanager
     def log_locked(self) -> Iterator[None]:
@@ -884,7 +898,7 @@ class _LogFile:
                 file.truncate(end)
             if is_regular and not end:
                 _sync_folder(self._path.parent)
-            self._known = state.st_ino, end + len(data)
+            size = end + len(data)
             try:
                 while data:
                     data = data[file.write(data) :]
@@ -893,6 +907,7 @@ class _LogFile:
                 if is_regular:
                     file.truncate(end)
                 raise
+            self._known = state.st_ino, size
 
     def _open(self) -> io.FileIO:
         with suppress(FileNotFoundError):

@@ -1164,13 +1164,15 @@ async def test_a_database_beside_the_log_keeps_its_locks(left, log, outbox):
 
 async def test_locks_of_the_dead_do_not_pile_up_and_no_other_lock_is_touched(log, outbox):
     outbox.mkdir()
-    (outbox / "poetry.lock").write_text("another program's")
+    others = [outbox / "poetry.lock", outbox / "deadbeefdeadbeef.lock"]
+    for other in others:
+        other.write_text("another program's")
     async with lifespan(create_app(log=log, outbox=outbox)):
         for number in range(5):
             (outbox / f"{number:016x}.lock").touch()
         await soon(lambda: not list(outbox.glob("000*.lock")))
-    assert (outbox / "poetry.lock").read_text() == "another program's"
-    assert {path.name for path in outbox.glob("*.lock")} == {"poetry.lock", "outbox.lock", "log.lock"}
+    assert [other.read_text() for other in others] == ["another program's"] * 2
+    assert {*outbox.glob("*.lock")} == {*others, outbox / "outbox.lock", outbox / "log.lock"}
 
 
 # --------------------------------------------------------------------------------------------------- faults
