@@ -1383,7 +1383,7 @@ async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_
             for _ in range(520):
                 tasks.start_soon(ask)
             if kind == "async def":
-                await soon(lambda: len(answers) == 20)  # the other requests' tasks have to do with one each
+                await soon(lambda: len(answers) >= 20)  # the other requests' tasks have to do with one each
             gate.open()
         if served:
             await soon(lambda: len(gate.sent or ids(log)) == 520)
