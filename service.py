@@ -314,9 +314,14 @@ class _Group:
             self._woken = True
             self._changed.notify()
             if self._threads < max(1, self._max_threads):
-                with suppress(RuntimeError):  # if no thread can be had, whoever comes next tries again
+                with suppress(RuntimeError):  # no thread can be had: see retry
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
                     self._threads += 1
+
+    def retry(self) -> None:
+        """Have the thread that could not be had before."""
+        if self._entries:
+            self.wake()
 
     def _work(self) -> None:
         while (taken := self._next_round()) is not None:
@@ -404,7 +409,7 @@ class _Outbox:
             "wal_autocheckpoint = 128",  # pages: the WAL shall not fill a small disk; see adopt, too
         )
         self._max_pending = max_pending
-        self._writer, self._warn = _Group(self._write), _Warnings(1)
+        self.writer, self._warn = _Group(self._write), _Warnings(1)
         self.pending: dict[int, _Entry] = {}  # what is ours
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
@@ -420,7 +425,7 @@ class _Outbox:
         """Keep a notification, or raise the HTTPException that says why not."""
         digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest() if key else ""
         entry = _Entry(_write_line(email, message), key, digest)
-        await self._writer.run(entry)
+        await self.writer.run(entry)
         if not entry.id:
             unwritable = HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
             raise entry.error if isinstance(entry.error, HTTPException) else unwritable
@@ -429,7 +434,7 @@ class _Outbox:
     async def probe(self) -> Exception | None:
         """Why the outbox cannot be written, if so. What was put before is written, too."""
         nothing = _Entry("")
-        await self._writer.run(nothing)
+        await self.writer.run(nothing)
         return nothing.error
 
     def count(self) -> tuple[int, int]:
@@ -452,7 +457,7 @@ class _Outbox:
         """Count these as delivered, and delete them with the next commit."""
         self._undeleted += [entry.seq for entry in entries]
         self.settle(entries)
-        self._writer.wake()
+        self.writer.wake()
 
     def _write(self, new: list[_Entry]) -> None:
         try:
@@ -560,7 +565,7 @@ class _Outbox:
         with self._adopting:
             self.open()
             if self._undeleted:
-                self._writer.wake()  # so that it tries again
+                self.writer.wake()  # so that it tries again
             if not self._folder:
                 return
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
@@ -763,6 +768,8 @@ class _Relay:
     async def _step(self, tasks: TaskGroup) -> None:
         """Adopt what the dead left, and start to deliver what is due."""
         self._next = time.monotonic() + _POLL
+        self._outbox.writer.retry()
+        self._group.retry()
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK
             try:

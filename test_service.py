@@ -1514,6 +1514,26 @@ async def test_who_handles_the_records_of_a_failure_and_raises_stops_no_delivery
     assert len(set(ids(log))) == 5
 
 
+@pytest.mark.parametrize("kind", ["def", "log"])
+async def test_when_no_thread_could_be_had_the_relay_tries_again(log, sent, monkeypatch, kind):
+    """As when the limit of processes is reached: for the outbox, and then for the notifier."""
+    start, failures = threading.Thread.start, []
+
+    def fails_twice_in_turn(thread):
+        if thread.name == "notify" and len(failures) < 4:
+            failures.append(thread)
+            if len(failures) != 2:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    app = create_app(notifier(kind, sent), log=log, outbox=":memory:")
+    async with lifespan(app):
+        monkeypatch.setattr(threading.Thread, "start", fails_twice_in_turn)
+        answer = await post(app)
+        await settled(app)
+    assert [n.id for n in sent or read(log)] == [answer.json()["id"]]
+
+
 @pytest.mark.parametrize("max_pending", [2, 1000], ids=["full", ""])
 async def test_without_a_lifespan_the_next_traffic_retries_and_so_it_heals(log, outbox, max_pending):
     log.mkdir()
