@@ -1822,7 +1822,7 @@ def test_a_log_that_hangs_for_ever_holds_up_no_answer(tmp_path):
 
 
 OWN_NOTIFIER = """
-import os, time
+import fcntl, os
 from pathlib import Path
 from service import create_app
 
@@ -1831,8 +1831,8 @@ Path(f"pid-{os.getpid()}").touch()
 def notify(notification):
     with open("started.txt", "a") as file:
         file.write(f"{os.getpid()} {notification.id}\\n")
-    while Path("stuck").exists():
-        time.sleep(0.01)
+    with open("gate", "a") as gate:
+        fcntl.flock(gate, fcntl.LOCK_SH)  # waits while the test holds it shut
     if notification.message == "bad":
         raise RuntimeError("the mail is down")
     with open("sent.txt", "a") as file:
@@ -1840,6 +1840,14 @@ def notify(notification):
 
 app = create_app(notify, outbox="outbox")
 """
+
+
+@contextmanager
+def gate_shut(folder):
+    """Hold up every OWN_NOTIFIER that runs in the folder."""
+    with open(folder / "gate", "a") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        yield
 
 
 def test_a_notifier_that_raises_costs_the_connection_nothing(tmp_path):
@@ -1902,12 +1910,10 @@ def test_sigterm_waits_for_what_is_being_delivered(tmp_path):
 
 def test_a_notifier_of_ones_own_is_called_with_the_same_id_after_a_crash(tmp_path):
     (tmp_path / "own.py").write_text(OWN_NOTIFIER)
-    (tmp_path / "stuck").touch()
-    with serve(tmp_path, app="own:app") as server:
+    with gate_shut(tmp_path), serve(tmp_path, app="own:app") as server:
         server.post()
         eventually(lambda: ids(tmp_path / "started.txt") == server.accepted)
         server.kill()
-    (tmp_path / "stuck").unlink()
     with serve(tmp_path, app="own:app") as restarted:
         eventually(lambda: ids(tmp_path / "sent.txt"))
         restarted.settled()
@@ -1930,7 +1936,6 @@ def test_a_living_server_delivers_what_a_killed_one_left(tmp_path):
 
 def test_of_two_workers_one_killed_loses_nothing(tmp_path):
     (tmp_path / "own.py").write_text(OWN_NOTIFIER)
-    (tmp_path / "stuck").touch()
     with serve(tmp_path, "--workers", "2", app="own:app") as server:
         pids = eventually(lambda: len(found := list(tmp_path.glob("pid-*"))) == 2 and found)
         started = tmp_path / "started.txt"
@@ -1939,9 +1944,9 @@ def test_of_two_workers_one_killed_loses_nothing(tmp_path):
             server.talk(request())
             return started.exists() and len({line.split()[0] for line in started.read_text().splitlines()}) == 2
 
-        eventually(both_have_some, 20)
-        os.kill(int(pids[0].name.removeprefix("pid-")), signal.SIGKILL)
-        (tmp_path / "stuck").unlink()
+        with gate_shut(tmp_path):
+            eventually(both_have_some, 20)
+            os.kill(int(pids[0].name.removeprefix("pid-")), signal.SIGKILL)
         eventually(lambda: set(server.accepted) <= set(ids(tmp_path / "sent.txt")), 20)
     assert Counter(ids(tmp_path / "sent.txt")).keys() == set(server.accepted)
 
