@@ -528,6 +528,7 @@ class _Outbox:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 for parent in self._folder.parents:
                     _sync_folder(parent)
+            log.info("opening the outbox %s", self._path)
             starting.enter_context(_locked(self._in_folder("outbox.lock")))
             self._log_lock = opened.enter_context(_connected(self._in_folder("log.lock")))
             is_new = not self._folder or _is_new(self._path)
@@ -574,6 +575,7 @@ class _Outbox:
             self._claim()
             if not self._left:
                 return
+            log.info("looking in the log for %d notifications that the dead left", len(self._left))
             delivered = find_delivered({entry.line[_ID] for entry in self._left})
             left, self._left = self._left, []
             self.delete([entry for entry in left if entry.line[_ID] in delivered])
@@ -655,7 +657,9 @@ def _is_new(path: Path) -> bool:
     """Whether there is no database yet; raises if there is one, but damaged or another program's. Changes nothing."""
     wal = Path(f"{path}-wal")
     size = path.stat().st_size if path.exists() else 0
-    changes = wal.read_bytes() if wal.exists() else b""
+    changes = b""
+    with suppress(FileNotFoundError):  # as it goes with the last who closes the database
+        changes = wal.read_bytes()
     if any(changes) and not _is_wal_header(changes[:32].ljust(32)):
         raise OSError(f"{wal.name} is damaged")
     if size < 512 and (size or changes):  # SQLite would take it for new, and remove its log
@@ -748,7 +752,7 @@ class _Relay:
                 self._lifespans.discard(clock)
                 clock.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
-                log.info("the relay has %d in hand, and ends", len(self._in_relay))
+                log.info("waiting at most %d s for the %d that the relay has in hand", _DRAIN, len(self._in_relay))
         with anyio.move_on_after(_FLUSH), suppress(OSError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry(""))  # which syncs

@@ -794,6 +794,19 @@ def test_eight_servers_start_at_once_on_what_a_dead_one_left(tmp_path: Path) -> 
             eventually(lambda server=server: server.pending() == 0)
 
 
+def test_who_reads_the_outbox_costs_no_answer(tmp_path: Path) -> None:
+    with Server(tmp_path) as server:
+        kept = server.start().post("one")
+        [path] = (tmp_path / "outbox").glob("*.db")
+        with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+            end = time.monotonic() + 8  # longer than it takes until the relay would checkpoint, and a commit gives up
+            while time.monotonic() < end:
+                kept |= server.post("meanwhile")
+        assert_exactly_once(kept, tmp_path)
+
+
 def test_nobody_takes_the_work_of_a_server_that_is_paused(tmp_path: Path) -> None:
     with Server(tmp_path) as paused, Server(tmp_path) as other:
         other.start()
