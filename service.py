@@ -97,15 +97,11 @@ _ID = slice(25, 57)  # where a line has its id: after 24 characters of time and 
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """What a notifier is called with.
+    """What a notifier is called with; ``accepted_at`` is in UTC, in ISO 8601 with milliseconds."""
 
-    ``id`` is unique, and the same at every attempt. ``message`` is the text exactly as it was sent.
-    ``accepted_at`` is the time in UTC, in ISO 8601 with milliseconds.
-    """
-
-    id: str
+    id: str  # unique, and the same at every attempt
     email: str
-    message: str
+    message: str  # exactly as it was sent
     accepted_at: str
 
 
