@@ -41,7 +41,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from traceback import format_exception_only
 from typing import Any
@@ -773,7 +772,7 @@ class _Relay:
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK
             try:
-                await _in_thread(partial(self._outbox.adopt, self._find_delivered))
+                await _in_thread(self._outbox.adopt, self._find_delivered)
             except Exception as exc:
                 self._warn("what is left in the outbox has to wait", exc)
         now = time.monotonic()
@@ -875,8 +874,8 @@ class _Warnings:
                 log.warning(f"{message}: %.500r", *args, "".join(format_exception_only(error)).strip())
 
 
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    return await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))  # not one of the host's
+async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    return await anyio.to_thread.run_sync(function, *args, limiter=anyio.CapacityLimiter(1))  # not one of the host's
 
 
 # ---------------------------------------------------------------------------------------------------- log file
