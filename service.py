@@ -74,12 +74,6 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] 
 }
 
 
-def _check(settings: dict[str, Any]) -> None:
-    for name, (_, makes_sense, rule) in _SETTINGS.items():
-        if not makes_sense(settings[name]):
-            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
-
-
 def _environment() -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, (read, *_) in _SETTINGS.items():
@@ -986,7 +980,10 @@ def create_app(
         TypeError: ``notify`` cannot be called.
         ValueError: Another setting makes no sense; names it, its value and the rule.
     """
-    _check(locals())
+    settings = locals()
+    for name, (_, makes_sense, rule) in _SETTINGS.items():
+        if not makes_sense(settings[name]):
+            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
     if notify is not None and not callable(notify):
         raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
     box = _Outbox(outbox, max_pending, fsync)
