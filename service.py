@@ -124,12 +124,10 @@ _is_message = re.compile("[^\ud800-\udfff]{0,10000}").fullmatch
 _read_json = json.JSONDecoder(parse_int=float, parse_constant=int).decode
 _MESSAGE = "some notification"
 _RETRY = {"Retry-After": "1"}  # seconds
-_DETAILS = {
-    401: "Send the header Authorization: Bearer <token>.",
+_BEARER = {"WWW-Authenticate": "Bearer"}
+_DETAILS = {  # of what the framework raises
     404: "Nothing is here: see /openapi.json for what there is.",
     405: "Use one of the methods that the Allow header names.",
-    413: "Send a body of at most 64 KiB.",
-    415: "Send the body as Content-Type: application/json, or send none.",
     500: "The service failed: ask whoever runs it, as its log says why.",
 }
 
@@ -149,7 +147,7 @@ class _Api:
         if self._token is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), self._token.encode()):
-                raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
+                raise HTTPException(401, "Send the header Authorization: Bearer <token>.", _BEARER)
         email = request.path_params["email"].removesuffix("/")
         if len(email) > 254 or not _is_email(email):
             raise HTTPException(422, "Name one whole e-mail address in the path, such as user@example.com.")
@@ -186,11 +184,11 @@ async def _read_message(request: Request) -> str:
             raise HTTPException(400, "Send the whole body.")  # nobody is there to read it
         body, more = body + event.get("body", b""), event.get("more_body", False)
         if len(body) > 64 * 1024:
-            raise HTTPException(413)
+            raise HTTPException(413, "Send a body of at most 64 KiB.")
     if not body:
         return _MESSAGE
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415)
+        raise HTTPException(415, "Send the body as Content-Type: application/json, or send none.")
     try:
         content = _read_json(body.decode())
     except (ValueError, RecursionError):
@@ -228,8 +226,8 @@ def _answers(texts: dict[int, str], **properties: dict[str, Any]) -> dict[int, A
     return {code: {"description": text, "headers": headers.get(code, {})} | content for code, text in texts.items()}
 
 
-_REFUSED = _answers({code: HTTPException(code).detail for code in (400, 422, 503)} | _DETAILS, detail=_TEXT)
-_ANYWHERE = {code: _REFUSED[code] for code in (404, 405, 500)}
+_REFUSED = _answers({code: HTTPException(code).detail for code in (400, 401, 413, 415, 422, 503)}, detail=_TEXT)
+_ANYWHERE = _answers(_DETAILS, detail=_TEXT)
 _STATE = _answers({200: "They can.", 503: "They cannot."}, status=_TEXT, pending=_COUNT, failed=_COUNT)
 _HEALTH = {"summary": "Whether notifications can be kept, and how many wait.", "responses": _ANYWHERE | _STATE}
 _DOCUMENT = _answers({200: "OpenAPI 3.1."}, openapi=_TEXT, info={}, paths={}, components={}, servers={})
@@ -243,7 +241,7 @@ _SEND = {
         {"name": "Idempotency-Key", "in": "header", "schema": _TEXT | {"pattern": "^[ -~]{1,255}$"}},
     ],
     "requestBody": {"content": {"application/json": {"schema": _BODY}}},
-    "responses": _REFUSED | _answers({202: "It is kept."}, id=_TEXT, message=_TEXT),
+    "responses": _ANYWHERE | _REFUSED | _answers({202: "It is kept."}, id=_TEXT, message=_TEXT),
 }
 _OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",
