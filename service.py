@@ -167,7 +167,7 @@ class _Api:
         return _Answer(content, code, headers, background=BackgroundTask(self._relay.catch_up))
 
     async def openapi(self, request: Request) -> Response:
-        return _Answer({**_OPENAPI, "servers": [{"url": request.scope.get("root_path") or "/"}]})
+        return _Answer(_OPENAPI | {"servers": [{"url": request.scope.get("root_path") or "/"}]})
 
     async def refuse(self, request: Request, exc: Exception) -> Response:
         """The answer to what cannot be kept; the framework logs what is no HTTPException."""
