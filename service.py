@@ -117,7 +117,7 @@ def _read_line(line: str) -> Notification:
 # https://html.spec.whatwg.org/multipage/input.html#valid-e-mail-address
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _EMAIL = rf"^[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
-_is_email = re.compile(_EMAIL).fullmatch
+_is_email = re.compile(_EMAIL).fullmatch  # ^ and $ are for who reads it in the OpenAPI document
 _is_key = re.compile("[ -~]{1,255}").fullmatch
 _is_message = re.compile("[^\ud800-\udfff]{0,10000}").fullmatch
 # Python's own takes NaN, and takes an integer of more than 4,300 digits for malformed.
@@ -215,20 +215,20 @@ def _route(path: str, endpoint: Callable[[Request], Any], method: str) -> Route:
 
 
 _TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
-_SENT_WITH = {202: "Idempotent-Replayed", 401: "WWW-Authenticate", 405: "Allow", 503: "Retry-After"}
+_HEADERS = {202: "Idempotent-Replayed", 401: "WWW-Authenticate", 405: "Allow", 503: "Retry-After"}
 
 
 def _answers(texts: dict[int, str], **properties: dict[str, Any]) -> dict[int, Any]:
     """OpenAPI's answers, by status: each is described by its text, and is an object with these properties."""
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     content = {"content": {"application/json": {"schema": schema}}}
-    headers = {code: {name: {"schema": _TEXT}} for code, name in _SENT_WITH.items()}
+    headers = {code: {name: {"schema": _TEXT}} for code, name in _HEADERS.items()}
     return {code: {"description": text, "headers": headers.get(code, {})} | content for code, text in texts.items()}
 
 
 _REFUSED = _answers({code: HTTPException(code).detail for code in (400, 401, 413, 415, 422, 503)}, detail=_TEXT)
 _ANYWHERE = _answers(_DETAILS, detail=_TEXT)
-_STATE = _answers({200: "They can.", 503: "They cannot."}, status=_TEXT, pending=_COUNT, failed=_COUNT)
+_STATE = _answers({200: "They can be kept.", 503: "They cannot."}, status=_TEXT, pending=_COUNT, failed=_COUNT)
 _HEALTH = {"summary": "Whether notifications can be kept, and how many wait.", "responses": _ANYWHERE | _STATE}
 _DOCUMENT = _answers({200: "OpenAPI 3.1."}, openapi=_TEXT, info={}, paths={}, components={}, servers={})
 _CONTENT = {"message": _TEXT | {"maxLength": 10_000, "default": _MESSAGE}}
