@@ -1876,7 +1876,7 @@ def test_a_server_does_not_start_on_a_damaged_outbox(dead, tmp_path, outbox):
 STOPS = {
     "kill -9": ((), [signal.SIGKILL]),
     "Ctrl-C twice": ((), [signal.SIGINT, signal.SIGINT]),
-    "a graceful timeout": (("--timeout-graceful-shutdown", "1"), [signal.SIGTERM]),
+    "a graceful timeout": (("--timeout-graceful-shutdown", "0"), [signal.SIGTERM]),
 }
 
 
