@@ -151,7 +151,7 @@ class Gate:
 
     async def on_loop(self, notification):
         self.came.append(notification)
-        await soon(self._opened.is_set, 20)
+        await soon(self._opened.is_set)
         self.sent.append(notification)
 
 
@@ -171,7 +171,7 @@ async def drive(app, send, *incoming):
     await app(scope | {"client": ("test", 1), "server": ("test", 80)}, receive, send)
 
 
-def eventually(predicate, within=10.0):
+def eventually(predicate, within=20.0):
     """The predicate's first true value; for what another process or thread does."""
     deadline = time.monotonic() + within
     while not (value := predicate()):
@@ -180,7 +180,7 @@ def eventually(predicate, within=10.0):
     return value
 
 
-async def soon(predicate, within=10.0):
+async def soon(predicate, within=20.0):
     """`eventually`, for what happens on this event loop; the predicate may be asynchronous."""
     deadline = time.monotonic() + within
     while True:
@@ -314,7 +314,7 @@ def serve(folder: Path, *options: str, app="service:app", ready=True, quiet=True
     server = Server(process, folder, stderr)
     try:
         if ready:
-            eventually(server.ready, 20)
+            eventually(server.ready)
         yield server
     finally:
         server.kill()
@@ -1206,7 +1206,7 @@ async def a_notifier_that_fails_twice(outbox, caplog, kind, failure):
         bad = await post(app, json={"message": "bad"})
         good = await post(app, json={"message": "good"})
         assert [n.message for n in calls].count("good") == 1
-        await soon(lambda: len(calls) >= 4, 20)
+        await soon(lambda: len(calls) >= 4)
         await settled(app)
     assert Counter(n.id for n in calls) == {bad.json()["id"]: 3, good.json()["id"]: 1}
     assert len(set(calls)) == 2
@@ -1929,7 +1929,7 @@ def test_a_living_server_delivers_what_a_killed_one_left(tmp_path):
         eventually(lambda: len(ids(second.log)) == 3)
         assert sorted(ids(second.log)) == sorted(second.accepted)
         first.kill()
-        eventually(lambda: len(ids(second.log)) >= 6, 20)
+        eventually(lambda: len(ids(second.log)) >= 6)
         second.settled()
     assert sorted(n.id for n in read(second.log)) == sorted(first.accepted + second.accepted)
 
@@ -1945,9 +1945,9 @@ def test_of_two_workers_one_killed_loses_nothing(tmp_path):
             return started.exists() and len({line.split()[0] for line in started.read_text().splitlines()}) == 2
 
         with gate_shut(tmp_path):
-            eventually(both_have_some, 20)
+            eventually(both_have_some)
             os.kill(int(pids[0].name.removeprefix("pid-")), signal.SIGKILL)
-        eventually(lambda: set(server.accepted) <= set(ids(tmp_path / "sent.txt")), 20)
+        eventually(lambda: set(server.accepted) <= set(ids(tmp_path / "sent.txt")))
     assert Counter(ids(tmp_path / "sent.txt")).keys() == set(server.accepted)
 
 
@@ -1967,12 +1967,12 @@ def test_killed_again_and_again_under_load_every_line_is_there_once(tmp_path):
             for thread in threads:
                 thread.start()
             goal = len(acknowledged) + more
-            eventually(lambda: len(acknowledged) >= goal, 20)  # noqa: B023
+            eventually(lambda: len(acknowledged) >= goal)  # noqa: B023
             server.kill()
             for thread in threads:
                 thread.join()
     with serve(tmp_path) as server:
-        eventually(lambda: set(acknowledged) <= set(ids(server.log)), 20)
+        eventually(lambda: set(acknowledged) <= set(ids(server.log)))
         server.settled()
         server.post()
         eventually(lambda: server.accepted[0] in ids(server.log))
