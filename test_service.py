@@ -131,6 +131,11 @@ def as_async(function):
     return call
 
 
+def raises(_):
+    """A notifier, or whatever is called with one thing, that fails."""
+    raise RuntimeError("the mail is down")
+
+
 def notifier(kind: str, sent: list):
     """Of "def" and "async def", one that appends to the list; of "log", the default."""
     return {"def": sent.append, "async def": as_async(sent.append), "log": None}[kind]
@@ -487,6 +492,25 @@ def test_a_variable_that_makes_no_sense_is_refused_by_its_name(monkeypatch, name
         runpy.run_path(str(HERE / "service.py"))
 
 
+@pytest.mark.parametrize("text", ["true", "True", "1", "false", "FALSE", "0"])
+async def test_fsync_is_a_word_or_a_digit_and_decides_whether_log_and_outbox_are_synced(log, outbox, monkeypatch, text):
+    levels, synced = set(), set()
+
+    class Watched(sqlite3.Connection):
+        def __exit__(self, *exc):
+            levels.update(*self.execute("PRAGMA synchronous"))
+            return super().__exit__(*exc)
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Watched))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino))
+    for name, value in {"FSYNC": text, "LOG": log, "OUTBOX": outbox}.items():
+        monkeypatch.setenv(f"NOTIFY_{name}", str(value))
+    await post(runpy.run_path(str(HERE / "service.py"))["app"])
+    expected = text.lower() in ("true", "1")
+    assert levels == {2 if expected else 1}  # FULL: each commit is synced; NORMAL: each checkpoint
+    assert (log.stat().st_ino in synced) == expected
+
+
 # ----------------------------------------------------------------------------------------- HTTP in process
 
 TOKEN = {"authorization": "Bearer s3cret"}
@@ -653,6 +677,14 @@ async def test_a_refused_request_does_not_use_up_its_key(app):
     refusal(await post(app, headers=KEY, json={"message": 1}), 422)
     response = await post(app, headers=KEY)
     assert (response.status_code, response.headers.get("idempotent-replayed")) == (202, None)
+
+
+async def test_at_max_pending_a_key_that_was_answered_is_answered_again():
+    app = create_app(raises, outbox=":memory:", max_pending=1)
+    first, again = [await post(app, headers=KEY) for _ in range(2)]
+    other, full = await post(app, headers=KEY, json={"message": "x"}), await post(app)
+    assert [answer.status_code for answer in (first, again, other, full)] == [202, 202, 422, 503]
+    assert again.json() == first.json()
 
 
 async def test_eight_at_once_with_one_key_notify_once(outbox, sent):
@@ -878,12 +910,6 @@ async def test_the_environment_sets_the_app_of_the_module(tmp_path, monkeypatch)
         await post(runpy.run_path(str(HERE / "service.py"))["app"], headers=TOKEN)
         assert len(read(tmp_path / "a.log")) == 1
         tasks.cancel_scope.cancel()
-
-
-@pytest.mark.parametrize("text", ["true", "false", "True", "FALSE", "1", "0"])
-def test_a_switch_in_the_environment_is_a_word_or_a_digit(monkeypatch, text):
-    monkeypatch.setenv("NOTIFY_FSYNC", text)
-    assert isinstance(runpy.run_path(str(HERE / "service.py"))["app"], Starlette)
 
 
 @pytest.mark.parametrize("prefix", ["/notify", "/api/v1/notify"])
@@ -1373,18 +1399,6 @@ async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_
         assert await health(app) == counts()
 
 
-def raises(notification):
-    raise RuntimeError("the mail is down")
-
-
-async def test_at_max_pending_a_key_that_was_answered_is_answered_again():
-    app = create_app(raises, outbox=":memory:", max_pending=1)
-    first, again = [await post(app, headers=KEY) for _ in range(2)]
-    other, full = await post(app, headers=KEY, json={"message": "x"}), await post(app)
-    assert [answer.status_code for answer in (first, again, other, full)] == [202, 202, 422, 503]
-    assert again.json() == first.json()
-
-
 async def test_many_failures_do_not_flood_the_servers_log(caplog):
     app = create_app(raises, outbox=":memory:")
     async with client(app) as http:
@@ -1480,10 +1494,7 @@ async def test_a_log_that_hangs_holds_up_no_start(tmp_path, log, outbox):
         os.close(reader)
 
 
-async def test_who_handles_the_records_of_a_failure_and_raises_stops_no_delivery(log, outbox, monkeypatch):
-    def raises(record):
-        raise RuntimeError
-
+async def test_logging_that_raises_stops_no_delivery(log, outbox, monkeypatch):
     monkeypatch.setattr(logging.getLogger("notify"), "filters", [raises])
     log.mkdir()
     async with lifespan(create_app(log=log, outbox=outbox)) as app:
