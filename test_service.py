@@ -160,16 +160,13 @@ class Gate:
         self.sent.append(notification)
 
 
-async def drive(app, send, *incoming):
-    """Call the app as a server does, for what httpx does not show: each message as it is sent."""
-    incoming = list(incoming or [{"type": "http.request"}])
+async def drive(app, send, error=None):
+    """Call the app as a server does, for what httpx does not show: each message as it is sent, a receive that fails."""
 
     async def receive():
-        if not incoming:
-            await anyio.sleep_forever()
-        if isinstance(message := incoming.pop(0), Exception):
-            raise message
-        return message
+        if error:
+            raise error
+        return {"type": "http.request"}
 
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
     scope |= {"path": PATH, "raw_path": PATH.encode(), "query_string": b"", "root_path": "", "headers": []}
@@ -780,31 +777,27 @@ async def test_the_answer_is_sent_before_the_notifier_is_called_and_does_not_wai
 class Recorder(list):
     """Empty, and so false, and yet a notifier."""
 
-    def method(self, notification):
+    def __call__(self, notification):
         self.append(notification)
 
-    async def async_method(self, notification):
+    async def on_loop(self, notification):
         await anyio.lowlevel.checkpoint()
         self.append(notification)
 
 
-class CallableRecorder(Recorder):
-    __call__ = Recorder.method
-
-
-class AsyncCallableRecorder(Recorder):
-    __call__ = Recorder.async_method
+class AsyncRecorder(Recorder):
+    __call__ = Recorder.on_loop
 
 
 CALLABLES = {
     "built-in": (Recorder, lambda recorder: recorder.append),
-    "method": (Recorder, lambda recorder: recorder.method),
-    "async method": (Recorder, lambda recorder: recorder.async_method),
-    "partial": (Recorder, lambda recorder: functools.partial(Recorder.method, recorder)),
-    "async partial": (Recorder, lambda recorder: functools.partial(Recorder.async_method, recorder)),
-    "lambda": (Recorder, lambda recorder: lambda notification: recorder.method(notification)),
-    "callable": (CallableRecorder, lambda recorder: recorder),
-    "async callable": (AsyncCallableRecorder, lambda recorder: recorder),
+    "method": (Recorder, lambda recorder: recorder.__call__),
+    "async method": (Recorder, lambda recorder: recorder.on_loop),
+    "partial": (Recorder, lambda recorder: functools.partial(Recorder.__call__, recorder)),
+    "async partial": (Recorder, lambda recorder: functools.partial(Recorder.on_loop, recorder)),
+    "lambda": (Recorder, lambda recorder: lambda notification: recorder(notification)),
+    "callable": (Recorder, lambda recorder: recorder),
+    "async callable": (AsyncRecorder, lambda recorder: recorder),
 }
 
 
@@ -1611,34 +1604,30 @@ DAMAGES = {
 }
 
 
-@pytest.fixture(params=DAMAGES.values(), ids=DAMAGES)
-def damaged(request, dead, tmp_path):
-    outbox = tmp_path / "deep" / "outbox"
-    shutil.copytree(dead.outbox, outbox)
-    request.param(outbox)
-    return outbox
-
-
 def contents(folder: Path) -> dict[str, bytes | None]:
     """Every file but the -shm, an index that whoever opens a database after a crash makes anew."""
     paths = [path for path in folder.rglob("*") if not path.name.endswith("-shm")]
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-async def test_a_damaged_outbox_is_refused_at_start_or_else_with_503_and_not_touched(damaged, tmp_path, log, caplog):
+@cases("damage", DAMAGES)
+async def test_a_damaged_outbox_is_refused_at_start_or_with_503_and_not_touched(dead, damage, tmp_path, log, caplog):
+    outbox = tmp_path / "deep" / "outbox"
+    shutil.copytree(dead.outbox, outbox)
+    damage(outbox)
     before = contents(tmp_path)
-    with pytest.raises(Exception, match=re.escape(str(damaged))):
-        async with lifespan(create_app(log=log, outbox=damaged)):
+    with pytest.raises(Exception, match=re.escape(str(outbox))):
+        async with lifespan(create_app(log=log, outbox=outbox)):
             pass
     assert contents(tmp_path) == before
-    async with client(create_app(log=log, outbox=damaged)) as http:
+    async with client(create_app(log=log, outbox=outbox)) as http:
         response, answer = await http.post(PATH), await http.get("/health")
     refusal(response, 503)
     assert int(response.headers["retry-after"]) > 0
     assert (answer.status_code, answer.json()["pending"]) == (503, 0)
     assert answer.json()["status"] != "ok"
     assert contents(tmp_path) == before
-    assert any(str(damaged) in warning for warning in warnings(caplog))
+    assert any(str(outbox) in warning for warning in warnings(caplog))
 
 
 # ---------------------------------------------------------------------------------------------- live server
