@@ -878,9 +878,9 @@ async def test_paths_may_be_text_or_paths(tmp_path, kind):
     assert (tmp_path / "b" / "c").is_dir()
 
 
-async def test_a_memory_outbox_keeps_nothing_on_disk(app, sent, tmp_path, monkeypatch):
+async def test_a_memory_outbox_keeps_nothing_on_disk(sent, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    async with lifespan(app):
+    async with lifespan(create_app(sent.append, outbox=":memory:")) as app:
         await post(app)
     assert len(sent) == 1
     assert list(tmp_path.iterdir()) == []
