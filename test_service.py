@@ -872,7 +872,7 @@ async def test_by_default_it_writes_log_txt_and_outbox_here(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-async def test_paths_may_be_text_or_paths(tmp_path, kind):
+async def test_log_and_outbox_may_be_str_or_path(tmp_path, kind):
     await post(create_app(log=kind(tmp_path / "a.log"), outbox=kind(tmp_path / "b" / "c")))
     assert len(read(tmp_path / "a.log")) == 1
     assert (tmp_path / "b" / "c").is_dir()
@@ -1283,7 +1283,7 @@ async def a_caller_whose_time_is_up_in_the_middle_of_the_notifier(outbox):
     assert calls[0] == calls[1]
 
 
-async def many_that_do_not_return():
+async def one_that_fails_while_600_do_not_return():
     calls, gate = [], anyio.Event()
 
     async def notify(notification):
@@ -1341,7 +1341,7 @@ async def test_the_relay_delivers_what_failed_or_was_abandoned_and_nothing_twice
         a_task_that_comes_when_its_row_is_gone_and_another_came(":memory:"),
         a_caller_that_is_cancelled_when_it_has_its_answer(tmp_path / "cancelled", log),
         anyio.to_thread.run_sync(asyncio.run, time_is_up),
-        many_that_do_not_return(),
+        one_that_fails_while_600_do_not_return(),
     ]
     ended = []
 
@@ -1696,7 +1696,7 @@ RAW = {
 
 
 @cases("statuses, data", RAW)
-def test_a_stranger_gets_an_answer_that_fits(live, statuses, data):
+def test_each_raw_request_gets_the_status_that_it_deserves(live, statuses, data):
     answer = live.talk(data)
     head, _, body = answer.partition(b"\r\n\r\n")
     status = int(head.split(b" ")[1])
@@ -1733,8 +1733,8 @@ def test_a_client_that_leaves_in_mid_body_is_no_error_and_notifies_nobody(live, 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_fuzz(live, seed):
-    """Whatever bytes arrive: a 202 with its one line, or a 4xx with none; never a 5xx."""
+def test_whatever_bytes_arrive_it_is_a_202_with_one_line_or_a_4xx_with_none(live, seed):
+    """And never a 5xx, however a request is mutated."""
     chance = random.Random(seed)
     hostile = rb"% %0A %0D%0A %00 %zz %C3%A9 / // .. @ \ \ud800 { } : , null NaN".split()
     hostile += [b" ", b"\t", b"\0", b"\xff", b"\xe2\x80\xa8", b'"', b'"message"', b"[" * 1000, b"1" * 5000]
