@@ -1862,11 +1862,11 @@ def test_what_was_acknowledged_is_written_exactly_once_after(tmp_path, options, 
         for _ in range(5):
             server.post()
         server.post(headers=KEY)
+        assert ids(server.log) == []
         for number in signals:
             server.process.send_signal(number)
             eventually(lambda: server.process.poll() is not None or "Shutting down" in server.stderr())
         server.process.wait(20)
-        assert ids(server.log) == []
     with serve(tmp_path) as restarted:
         eventually(lambda: len(ids(restarted.log)) >= 6)
         replay = restarted.post(headers=KEY)
