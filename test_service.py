@@ -822,9 +822,10 @@ async def test_a_def_notifier_runs_in_a_thread_and_an_async_def_on_the_callers_l
     assert threads[1] == (threading.get_ident(), anyio.lowlevel.current_token())
 
 
-async def test_at_most_concurrency_def_notifiers_run_at_once():
+@pytest.mark.parametrize("most", [1, 3])
+async def test_at_most_concurrency_def_notifiers_run_at_once_and_each_post_waits_for_its_own(most):
     permits = threading.Semaphore(0)
-    begun, ended, running = [], [], []
+    begun, ended, running, returned = [], [], [], []
 
     def notify(notification):
         begun.append(notification.id)
@@ -832,23 +833,21 @@ async def test_at_most_concurrency_def_notifiers_run_at_once():
         permits.acquire(timeout=20)
         ended.append(notification.id)
 
-    app = create_app(notify, outbox=":memory:", concurrency=3)
+    async def ask():
+        returned.append((await post(app)).json()["id"])
+
+    app = create_app(notify, outbox=":memory:", concurrency=most)
     async with anyio.create_task_group() as tasks:
-        for _ in range(9):
-            tasks.start_soon(post, app)
+        for more in (most, 9 - most):  # who come when all are busy, and at the same moment
+            for _ in range(more):
+                tasks.start_soon(ask)
+            await soon(lambda: len(begun) == most)
         await settled(app, pending=9)
         for released in range(9):
-            await soon(lambda: (len(begun), len(ended)) == (min(released + 3, 9), released))  # noqa: B023
+            expected = min(released + most, 9), released, released
+            await soon(lambda: (len(begun), len(ended), len(returned)) == expected)  # noqa: B023
             permits.release()
-    assert (max(running), len(ended)) == (3, 9)
-
-
-async def test_with_a_concurrency_of_one_each_of_many_at_once_is_notified(sent):
-    app = create_app(sent.append, outbox=":memory:", concurrency=1)
-    async with anyio.create_task_group() as tasks:
-        for _ in range(30):
-            tasks.start_soon(post, app)
-    assert len({n.id for n in sent}) == len(sent) == 30
+    assert (max(running), returned) == (most, ended)
 
 
 async def test_blocked_notifiers_leave_the_hosts_thread_pool_free():
