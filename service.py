@@ -365,8 +365,10 @@ PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
 _OWNERS = "SELECT DISTINCT worker FROM pending"
+_LEFT = "SELECT seq, substr(line, 26, 32) FROM pending WHERE worker IN (SELECT value FROM json_each(?)) LIMIT ?"
 _CLAIM = """
-UPDATE pending SET worker = ? WHERE seq IN (SELECT seq FROM pending WHERE worker = ? LIMIT ?) RETURNING line, seq
+UPDATE pending SET worker = ? WHERE worker IN (SELECT value FROM json_each(?))
+AND seq IN (SELECT value FROM json_each(?)) RETURNING line, seq
 """
 _FORGET_KEYS = "DELETE FROM keys WHERE at < ? AND key IN (SELECT value FROM json_each(?))"
 _FORGET_MANY = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 10000)"
@@ -414,7 +416,6 @@ class _Outbox:
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
-        self._left: list[_Entry] = []  # by the dead: ours, but not yet looked for in the log
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
@@ -555,11 +556,9 @@ class _Outbox:
             with self._taking:
                 if not self._folder or self._undeleted or len(self.waiting) < len(self.pending):
                     return
-                opened, self._db, rest = self._opened.pop_all(), None, self.pending or self._left
-                self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), []
-            opened.close()
-            if not rest:
-                self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
+                self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
+            self._opened.close()
+            self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
 
     def adopt(self, find_delivered: _Search) -> None:
         """Take over what the dead left; waits for the disk, and as long as it takes to search the log."""
@@ -569,47 +568,43 @@ class _Outbox:
                 self.writer.wake()  # so that it tries again
             if not self._folder:
                 return
+            dead = json.dumps(self._find_dead())
+            untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
+            left = dict(self._adopter.execute(_LEFT, (dead, _MOST_ADOPTED - untried)))
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopter.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                if left:
+                    log.info("looking in the log for %d notifications that the dead left", len(left))
+                    delivered = find_delivered(set(left.values()))
+                    for start in range(0, len(left), 500):
+                        self._claim(dead, [*left][start : start + 500], delivered)
                 self._adopter.execute(_FORGET_MANY, (time.time() - _DAY,))
-            self._claim()
-            if not self._left:
-                return
-            log.info("looking in the log for %d notifications that the dead left", len(self._left))
-            delivered = find_delivered({entry.line[_ID] for entry in self._left})
-            left, self._left = self._left, []
-            self.delete([entry for entry in left if entry.line[_ID] in delivered])
-            for entry in left:
-                if entry.line[_ID] not in delivered:
-                    self._adopted.add(entry.seq)
-                    self.pending[entry.seq] = self.waiting[entry.seq] = entry
 
-    def _claim(self) -> None:
-        """Make ours what belongs to those whose lock nobody holds, and remove the locks of those with nothing left."""
-        owners = {owner for (owner,) in self._adopter.execute(_OWNERS)}
-        owners |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
-        owners.discard(self._worker)
-        if not owners:
-            return
-        untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
-        room = max(0, _MOST_ADOPTED - untried - len(self._left))
-        with _locked(self._in_folder("outbox.lock")):  # nobody else tries, or is about to take a lock of his own
-            for owner in owners:
-                lock = self._in_folder(f"{owner}.lock")
-                with suppress(sqlite3.Error):  # it lives, the disk is full or busy, or it is no lock of ours
+    def _find_dead(self) -> list[str]:
+        """The workers whose lock nobody holds. As nobody's name comes back, the lock is of no more use."""
+        workers = {worker for (worker,) in self._adopter.execute(_OWNERS)}
+        workers |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
+        dead: list[str] = []
+        with _locked(self._in_folder("outbox.lock")):  # nobody is about to take a lock of his own
+            for worker in workers:
+                lock = self._in_folder(f"{worker}.lock")
+                with suppress(sqlite3.Error):  # it lives, as we do, or it is no lock of ours
                     with _locked(lock, wait=0):
-                        while rows := self._claim_some(owner, min(room, 500)):
-                            room -= len(rows)
-                    if room:
-                        lock.unlink(missing_ok=True)
+                        dead.append(worker)
+                    lock.unlink(missing_ok=True)
+        return dead
 
-    def _claim_some(self, owner: str, most: int) -> list[_Entry]:
-        """So many in one transaction, as the other workers' commits wait for its end."""
+    def _claim(self, dead: str, seqs: list[int], delivered: set[str]) -> None:
+        """Make ours what is still the dead's; few in one transaction, as other workers' commits wait for its end."""
         with _transaction(self._adopter) as db:
-            rows = db.execute(_CLAIM, (self._worker, owner, most)).fetchall()
-        entries = [_Entry(line, seq=seq) for line, seq in rows]
-        self._left += entries
-        return entries
+            rows = db.execute(_CLAIM, (self._worker, dead, json.dumps(seqs))).fetchall()
+        for line, seq in rows:
+            if line[_ID] in delivered:
+                self._undeleted.append(seq)
+            else:
+                self._adopted.add(seq)
+                self.pending[seq] = self.waiting[seq] = _Entry(line, seq=seq)
+        self.writer.wake()
 
     @contextmanager
     def log_locked(self) -> Iterator[None]:
