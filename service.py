@@ -409,6 +409,7 @@ class _Outbox:
             "journal_mode = WAL",  # who reads does not wait for who writes
             f"synchronous = {'FULL' if fsync else 'NORMAL'}",  # FULL: a commit is on the disk
             "wal_autocheckpoint = 128",  # pages: the WAL shall not fill a small disk; see adopt, too
+            "busy_timeout = 1",  # ms: _transaction tries again, and adopt at its next look
         )
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write), _Warnings(1)
@@ -516,7 +517,7 @@ class _Outbox:
             with self._lock:
                 if self._db is None:
                     self._db = self._start()
-                elif self._folder and not (self._path.stat().st_ino == self._inode and os.path.exists(self._wal)):
+                elif self._folder and (self._path.stat().st_ino != self._inode or not os.path.exists(self._wal)):
                     raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
             remedy = "mend it, or move it away while no worker runs, or name another (NOTIFY_OUTBOX, outbox=)"
@@ -524,20 +525,17 @@ class _Outbox:
         return self._db
 
     def _start(self) -> sqlite3.Connection:
-        with ExitStack() as starting, ExitStack() as opened:
-            if self._folder:
-                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                for parent in self._folder.parents:
-                    _sync_folder(parent)
-            log.info("opening the outbox %s", self._path)
-            starting.enter_context(_locked(self._in_folder("outbox.lock")))
+        if self._folder:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for parent in self._folder.parents:
+                _sync_folder(parent)
+        log.info("opening the outbox %s", self._path)
+        with _locked(self._in_folder("outbox.lock")), ExitStack() as opened:
             self._log_lock = opened.enter_context(_connected(self._in_folder("log.lock")))
             is_new = not self._folder or _is_new(self._path)
             db, self._adopter = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
             if is_new:
                 db.executescript(_SCHEMA)
-            for each in db, self._adopter:
-                each.execute("PRAGMA busy_timeout = 1")  # ms: _transaction tries again, and adopt at its next look
             self._inode = self._path.stat().st_ino if self._folder else 0
             self._worker = secrets.token_hex(8)
             opened.enter_context(_locked(self._in_folder(f"{self._worker}.lock")))
