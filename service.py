@@ -370,10 +370,9 @@ _CLAIM = """
 UPDATE pending SET worker = ? WHERE worker IN (SELECT value FROM json_each(?))
 AND seq IN (SELECT value FROM json_each(?)) RETURNING line, seq
 """
-_FORGET_KEYS = "DELETE FROM keys WHERE at < ? AND key IN (SELECT value FROM json_each(?))"
-_FORGET_MANY = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 10000)"
-_KEEP_KEYS = "INSERT OR IGNORE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
-_FIND_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value FROM json_each(?))"
+_FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 10000)"
+_KEEP_KEYS = "INSERT OR REPLACE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
+_FIND_KEYS = "SELECT key, id, digest FROM keys WHERE at >= ? AND key IN (SELECT value FROM json_each(?))"
 _PROBE = "PRAGMA user_version = 1"  # writes a page
 _NO_JOURNAL = "journal_mode = OFF"  # of a lock, as there is nothing to roll back
 
@@ -491,10 +490,8 @@ class _Outbox:
         """Those to be kept; the others have the id of an earlier one, or an error."""
         room = self._max_pending - len(self.pending) + len(self._adopted)
         fresh: list[_Entry] = []
-        keys: dict[str | None, tuple[str, str]] = {}
-        if asked := [entry.key for entry in new if entry.key]:
-            db.execute(_FORGET_KEYS, (time.time() - _DAY, json.dumps(asked)))
-            keys = {key: (id, digest) for key, id, digest in db.execute(_FIND_KEYS, (json.dumps(asked),))}
+        asked = time.time() - _DAY, json.dumps([entry.key for entry in new if entry.key])
+        keys = {key: (id, digest) for key, id, digest in db.execute(_FIND_KEYS, asked)}
         for entry in new:
             id, digest = keys.get(entry.key, ("", entry.digest))
             if digest != entry.digest:
@@ -507,8 +504,8 @@ class _Outbox:
                 fresh.append(entry)
                 if entry.key:
                     keys[entry.key] = entry.line[_ID], digest
-        if keys:
-            db.execute(_KEEP_KEYS, (time.time(), json.dumps(keys)))
+        kept = {entry.key: (entry.line[_ID], entry.digest) for entry in fresh if entry.key}
+        db.execute(_KEEP_KEYS, (time.time(), json.dumps(kept)))
         return fresh
 
     def open(self) -> sqlite3.Connection:
@@ -576,7 +573,7 @@ class _Outbox:
                     delivered = find_delivered(set(left.values()))
                     for start in range(0, len(left), 500):
                         self._claim(dead, [*left][start : start + 500], delivered)
-                self._adopter.execute(_FORGET_MANY, (time.time() - _DAY,))
+                self._adopter.execute(_FORGET_KEYS, (time.time() - _DAY,))
 
     def _find_dead(self) -> list[str]:
         """The workers whose lock nobody holds. As nobody's name comes back, the lock is of no more use."""
