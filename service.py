@@ -677,12 +677,10 @@ def _is_wal_header(header: bytes) -> bool:
 
 def _sync_folder(folder: Path) -> None:
     """Have the names of new files on the disk, where a folder can be opened."""
-    with suppress(OSError):
+    with suppress(OSError), ExitStack() as opened:
         file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        opened.callback(os.close, file)
+        os.fsync(file)
 
 
 # ------------------------------------------------------------------------------------------------------- relay
