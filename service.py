@@ -374,7 +374,6 @@ _FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ?
 _KEEP_KEYS = "INSERT OR REPLACE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
 _FIND_KEYS = "SELECT key, id, digest FROM keys WHERE at >= ? AND key IN (SELECT value FROM json_each(?))"
 _PROBE = "PRAGMA user_version = 1"  # writes a page
-_NO_JOURNAL = "journal_mode = OFF"  # of a lock, as there is nothing to roll back
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
@@ -528,7 +527,7 @@ class _Outbox:
                 _sync_folder(parent)
         log.info("opening the outbox %s", self._path)
         with _locked(self._in_folder("outbox.lock")), ExitStack() as opened:
-            self._log_lock = opened.enter_context(_connected(self._in_folder("log.lock")))
+            self.log_lock = opened.enter_context(_connected(self._in_folder("log.lock")))
             is_new = not self._folder or _is_new(self._path)
             db, self._adopter = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
             if is_new:
@@ -601,16 +600,6 @@ class _Outbox:
                 self.pending[seq] = self.waiting[seq] = _Entry(line, seq=seq)
         self.writer.wake()
 
-    @contextmanager
-    def log_locked(self) -> Iterator[None]:
-        """Keep the lines of this outbox's workers apart."""
-        self._log_lock.execute(f"PRAGMA {_NO_JOURNAL}")  # here, as it waits for who has the lock, who may hang
-        self._log_lock.execute("BEGIN EXCLUSIVE")
-        try:
-            yield
-        finally:
-            self._log_lock.execute("ROLLBACK")  # a COMMIT would need room on the disk
-
 
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
@@ -626,11 +615,20 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
+def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[None]:
+    with _connected(path, wait=wait) as db, _exclusive(db):
+        yield
+
+
+@contextmanager
+def _exclusive(db: sqlite3.Connection) -> Iterator[None]:
     """Hold a lock that dies with its process: SQLite's own, on an empty file."""
-    with _connected(path, _NO_JOURNAL, wait=wait) as db:
-        db.execute("BEGIN EXCLUSIVE")
-        yield db
+    db.execute("PRAGMA journal_mode = OFF")  # as there is nothing to roll back; waits for who has the lock, too
+    db.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        db.execute("ROLLBACK")  # a COMMIT would need room on the disk
 
 
 @contextmanager
@@ -887,7 +885,7 @@ class _LogFile:
         data = "".join(f"{line}\n" for line in lines).encode()
         if not data:
             return
-        with self._outbox.log_locked():
+        with _exclusive(self._outbox.log_lock):  # which keeps the lines of all its workers apart
             file = self._open()
             state = os.fstat(file.fileno())
             is_regular, end = stat.S_ISREG(state.st_mode), state.st_size
