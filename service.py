@@ -365,10 +365,10 @@ PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
 _OWNERS = "SELECT DISTINCT worker FROM pending"
-_LEFT = "SELECT seq, substr(line, 26, 32) FROM pending WHERE worker IN (SELECT value FROM json_each(?)) LIMIT ?"
 _CLAIM = """
-UPDATE pending SET worker = ? WHERE worker IN (SELECT value FROM json_each(?))
-AND seq IN (SELECT value FROM json_each(?)) RETURNING line, seq
+UPDATE pending SET worker = ? WHERE seq IN (
+    SELECT seq FROM pending WHERE worker IN (SELECT value FROM json_each(?)) LIMIT 500
+) RETURNING line, seq
 """
 _FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 10000)"
 _KEEP_KEYS = "INSERT OR REPLACE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
@@ -415,6 +415,7 @@ class _Outbox:
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
+        self._left: list[_Entry] = []  # by the dead: ours, but not yet looked for in the log
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
@@ -477,7 +478,7 @@ class _Outbox:
             fresh = self._sort_out(db, [entry for entry in new if entry.line])
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
-            if new and not fresh and not delivered:
+            if new and not fresh and not delivered:  # who asks whether it can be written has to know
                 db.execute(_PROBE)
         del self._undeleted[: len(delivered)]
         late = time.monotonic() + _LATE
@@ -550,7 +551,7 @@ class _Outbox:
             with self._taking:
                 if not self._folder or self._undeleted or len(self.waiting) < len(self.pending):
                     return
-                self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
+                self._db, self.pending, self.waiting, self._adopted, self._left = None, {}, {}, set(), []
             self._opened.close()
             self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
 
@@ -562,20 +563,24 @@ class _Outbox:
                 self.writer.wake()  # so that it tries again
             if not self._folder:
                 return
-            dead = json.dumps(self._find_dead())
-            untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
-            left = dict(self._adopter.execute(_LEFT, (dead, _MOST_ADOPTED - untried)))
+            dead = self._find_dead()
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopter.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                if left:
-                    log.info("looking in the log for %d notifications that the dead left", len(left))
-                    delivered = find_delivered(set(left.values()))
-                    for start in range(0, len(left), 500):
-                        self._claim(dead, [*left][start : start + 500], delivered)
+                self._claim(dead)
                 self._adopter.execute(_FORGET_KEYS, (time.time() - _DAY,))
+            if not self._left:
+                return
+            log.info("looking in the log for %d notifications that the dead left", len(self._left))
+            delivered = find_delivered({entry.line[_ID] for entry in self._left})
+            left, self._left = self._left, []
+            self.delete([entry for entry in left if entry.line[_ID] in delivered])
+            for entry in left:
+                if entry.line[_ID] not in delivered:
+                    self._adopted.add(entry.seq)
+                    self.pending[entry.seq] = self.waiting[entry.seq] = entry
 
     def _find_dead(self) -> list[str]:
-        """The workers whose lock nobody holds. As nobody's name comes back, the lock is of no more use."""
+        """The workers whose lock nobody holds. No name is used twice: they stay dead, and their locks can go."""
         workers = {worker for (worker,) in self._adopter.execute(_OWNERS)}
         workers |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
         dead: list[str] = []
@@ -588,17 +593,15 @@ class _Outbox:
                     lock.unlink(missing_ok=True)
         return dead
 
-    def _claim(self, dead: str, seqs: list[int], delivered: set[str]) -> None:
-        """Make ours what is still the dead's; few in one transaction, as other workers' commits wait for its end."""
-        with _transaction(self._adopter) as db:
-            rows = db.execute(_CLAIM, (self._worker, dead, json.dumps(seqs))).fetchall()
-        for line, seq in rows:
-            if line[_ID] in delivered:
-                self._undeleted.append(seq)
-            else:
-                self._adopted.add(seq)
-                self.pending[seq] = self.waiting[seq] = _Entry(line, seq=seq)
-        self.writer.wake()
+    def _claim(self, dead: list[str]) -> None:
+        """Make ours what the dead left; few in one transaction, as other workers' commits wait for its end."""
+        untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
+        while dead and untried + len(self._left) < _MOST_ADOPTED:
+            with _transaction(self._adopter) as db:
+                rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
+            self._left += [_Entry(line, seq=seq) for line, seq in rows]
+            if not rows:
+                break
 
 
 @contextmanager
