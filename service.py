@@ -353,14 +353,14 @@ _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
 _OWNERS = "SELECT DISTINCT worker FROM pending"
 _CLAIM = """
-UPDATE pending SET worker = ? WHERE seq IN (SELECT seq FROM pending WHERE worker = ? LIMIT ?) RETURNING line, seq
+UPDATE pending SET worker = ? WHERE seq IN (
+    SELECT seq FROM pending WHERE worker IN (SELECT value FROM json_each(?)) LIMIT 500
+) RETURNING line, seq
 """
-_FORGET_KEYS = "DELETE FROM keys WHERE at < ? AND key IN (SELECT value FROM json_each(?))"
-_FORGET_MANY = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 10000)"
-_KEEP_KEYS = "INSERT OR IGNORE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
-_FIND_KEYS = "SELECT key, id, digest FROM keys WHERE key IN (SELECT value FROM json_each(?))"
+_FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 10000)"
+_KEEP_KEYS = "INSERT OR REPLACE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
+_FIND_KEYS = "SELECT key, id, digest FROM keys WHERE at >= ? AND key IN (SELECT value FROM json_each(?))"
 _PROBE = "PRAGMA user_version = 1"  # writes a page
-_NO_JOURNAL = "journal_mode = OFF"  # of a lock, as there is nothing to roll back
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
@@ -394,6 +394,7 @@ class _Outbox:
             "journal_mode = WAL",  # who reads does not wait for who writes
             f"synchronous = {'FULL' if fsync else 'NORMAL'}",  # FULL: a commit is on the disk
             "wal_autocheckpoint = 128",  # pages: the WAL shall not fill a small disk; see adopt, too
+            "busy_timeout = 1",  # ms: _transaction tries again, and adopt at its next look
         )
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write), _Warnings(1)
@@ -464,7 +465,7 @@ class _Outbox:
             fresh = self._sort_out(db, [entry for entry in new if entry.line])
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
-            if new and not fresh and not delivered:
+            if new and not fresh and not delivered:  # who asks whether it can be written has to know
                 db.execute(_PROBE)
         del self._undeleted[: len(delivered)]
         late = time.monotonic() + _LATE
@@ -476,10 +477,8 @@ class _Outbox:
         """Those to be kept; the others have the id of an earlier one, or an error."""
         room = self._max_pending - len(self.pending) + len(self._adopted)
         fresh: list[_Entry] = []
-        keys: dict[str | None, tuple[str, str]] = {}
-        if asked := [entry.key for entry in new if entry.key]:
-            db.execute(_FORGET_KEYS, (time.time() - _DAY, json.dumps(asked)))
-            keys = {key: (id, digest) for key, id, digest in db.execute(_FIND_KEYS, (json.dumps(asked),))}
+        asked = time.time() - _DAY, json.dumps([entry.key for entry in new if entry.key])
+        keys = {key: (id, digest) for key, id, digest in db.execute(_FIND_KEYS, asked)}
         for entry in new:
             id, digest = keys.get(entry.key, ("", entry.digest))
             if digest != entry.digest:
@@ -492,8 +491,8 @@ class _Outbox:
                 fresh.append(entry)
                 if entry.key:
                     keys[entry.key] = entry.line[_ID], digest
-        if keys:
-            db.execute(_KEEP_KEYS, (time.time(), json.dumps(keys)))
+        kept = {entry.key: (entry.line[_ID], entry.digest) for entry in fresh if entry.key}
+        db.execute(_KEEP_KEYS, (time.time(), json.dumps(kept)))
         return fresh
 
     def open(self) -> sqlite3.Connection:
@@ -502,7 +501,7 @@ class _Outbox:
             with self._lock:
                 if self._db is None:
                     self._db = self._start()
-                elif self._folder and not (self._path.stat().st_ino == self._inode and os.path.exists(self._wal)):
+                elif self._folder and (self._path.stat().st_ino != self._inode or not os.path.exists(self._wal)):
                     raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
             remedy = "mend it, or move it away while no worker runs, or name another (NOTIFY_OUTBOX, outbox=)"
@@ -510,20 +509,17 @@ class _Outbox:
         return self._db
 
     def _start(self) -> sqlite3.Connection:
-        with ExitStack() as starting, ExitStack() as opened:
-            if self._folder:
-                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                for parent in self._folder.parents:
-                    _sync_folder(parent)
-            log.info("opening the outbox %s", self._path)
-            starting.enter_context(_locked(self._in_folder("outbox.lock")))
-            self._log_lock = opened.enter_context(_connected(self._in_folder("log.lock")))
+        if self._folder:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for parent in self._folder.parents:
+                _sync_folder(parent)
+        log.info("opening the outbox %s", self._path)
+        with _locked(self._in_folder("outbox.lock")), ExitStack() as opened:
+            self.log_lock = opened.enter_context(_connected(self._in_folder("log.lock")))
             is_new = not self._folder or _is_new(self._path)
             db, self._adopter = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
             if is_new:
                 db.executescript(_SCHEMA)
-            for each in db, self._adopter:
-                each.execute("PRAGMA busy_timeout = 1")  # ms: _transaction tries again, and adopt at its next look
             self._inode = self._path.stat().st_ino if self._folder else 0
             self._worker = secrets.token_hex(8)
             opened.enter_context(_locked(self._in_folder(f"{self._worker}.lock")))
@@ -542,11 +538,9 @@ class _Outbox:
             with self._taking:
                 if not self._folder or self._undeleted or len(self.waiting) < len(self.pending):
                     return
-                opened, self._db, rest = self._opened.pop_all(), None, self.pending or self._left
-                self.pending, self.waiting, self._adopted, self._left = {}, {}, set(), []
-            opened.close()
-            if not rest:
-                self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
+                self._db, self.pending, self.waiting, self._adopted, self._left = None, {}, {}, set(), []
+            self._opened.close()
+            self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
 
     def adopt(self, find_delivered: _Search) -> None:
         """Take over what the dead left; waits for the disk, and as long as it takes to search the log."""
@@ -556,10 +550,11 @@ class _Outbox:
                 self.writer.wake()  # so that it tries again
             if not self._folder:
                 return
+            dead = self._find_dead()
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopter.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                self._adopter.execute(_FORGET_MANY, (time.time() - _DAY,))
-            self._claim()
+                self._claim(dead)
+                self._adopter.execute(_FORGET_KEYS, (time.time() - _DAY,))
             if not self._left:
                 return
             log.info("looking in the log for %d notifications that the dead left", len(self._left))
@@ -571,42 +566,29 @@ class _Outbox:
                     self._adopted.add(entry.seq)
                     self.pending[entry.seq] = self.waiting[entry.seq] = entry
 
-    def _claim(self) -> None:
-        """Make ours what belongs to those whose lock nobody holds, and remove the locks of those with nothing left."""
-        owners = {owner for (owner,) in self._adopter.execute(_OWNERS)}
-        owners |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
-        owners.discard(self._worker)
-        if not owners:
-            return
-        untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
-        room = max(0, _MOST_ADOPTED - untried - len(self._left))
-        with _locked(self._in_folder("outbox.lock")):  # nobody else tries, or is about to take a lock of his own
-            for owner in owners:
-                lock = self._in_folder(f"{owner}.lock")
-                with suppress(sqlite3.Error):  # it lives, the disk is full or busy, or it is no lock of ours
+    def _find_dead(self) -> list[str]:
+        """The workers whose lock nobody holds. No name is used twice: they stay dead, and their locks can go."""
+        workers = {worker for (worker,) in self._adopter.execute(_OWNERS)}
+        workers |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
+        dead: list[str] = []
+        with _locked(self._in_folder("outbox.lock")):  # nobody is about to take a lock of his own
+            for worker in workers:
+                lock = self._in_folder(f"{worker}.lock")
+                with suppress(sqlite3.Error):  # it lives, as we do, or it is no lock of ours
                     with _locked(lock, wait=0):
-                        while rows := self._claim_some(owner, min(room, 500)):
-                            room -= len(rows)
-                    if room:
-                        lock.unlink(missing_ok=True)
+                        dead.append(worker)
+                    lock.unlink(missing_ok=True)
+        return dead
 
-    def _claim_some(self, owner: str, most: int) -> list[_Entry]:
-        """So many in one transaction, as the other workers' commits wait for its end."""
-        with _transaction(self._adopter) as db:
-            rows = db.execute(_CLAIM, (self._worker, owner, most)).fetchall()
-        entries = [_Entry(line, seq=seq) for line, seq in rows]
-        self._left += entries
-        return entries
-
-    @contextmanager
-    def log_locked(self) -> Iterator[None]:
-        """Keep the lines of this outbox's workers apart."""
-        self._log_lock.execute(f"PRAGMA {_NO_JOURNAL}")  # here, as it waits for who has the lock, who may hang
-        self._log_lock.execute("BEGIN EXCLUSIVE")
-        try:
-            yield
-        finally:
-            self._log_lock.execute("ROLLBACK")  # a COMMIT would need room on the disk
+    def _claim(self, dead: list[str]) -> None:
+        """Make ours what the dead left; few in one transaction, as other workers' commits wait for its end."""
+        untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
+        while dead and untried + len(self._left) < _MOST_ADOPTED:
+            with _transaction(self._adopter) as db:
+                rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
+            self._left += [_Entry(line, seq=seq) for line, seq in rows]
+            if not rows:
+                break
 
 
 @contextmanager
@@ -623,11 +605,20 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
+def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[None]:
+    with _connected(path, wait=wait) as db, _exclusive(db):
+        yield
+
+
+@contextmanager
+def _exclusive(db: sqlite3.Connection) -> Iterator[None]:
     """Hold a lock that dies with its process: SQLite's own, on an empty file."""
-    with _connected(path, _NO_JOURNAL, wait=wait) as db:
-        db.execute("BEGIN EXCLUSIVE")
-        yield db
+    db.execute("PRAGMA journal_mode = OFF")  # as there is nothing to roll back; waits for who has the lock, too
+    db.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        db.execute("ROLLBACK")  # a COMMIT would need room on the disk
 
 
 @contextmanager
@@ -674,12 +665,10 @@ def _is_wal_header(header: bytes) -> bool:
 
 def _sync_folder(folder: Path) -> None:
     """Have the names of new files on the disk, where a folder can be opened."""
-    with suppress(OSError):
+    with suppress(OSError), ExitStack() as opened:
         file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        opened.callback(os.close, file)
+        os.fsync(file)
 
 
 # ------------------------------------------------------------------------------------------------------- relay
@@ -886,7 +875,7 @@ class _LogFile:
         data = "".join(f"{line}\n" for line in lines).encode()
         if not data:
             return
-        with self._outbox.log_locked():
+        with _exclusive(self._outbox.log_lock):  # which keeps the lines of all its workers apart
             file = self._open()
             state = os.fstat(file.fileno())
             is_regular, end = stat.S_ISREG(state.st_mode), state.st_size
