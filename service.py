@@ -31,7 +31,6 @@ import random
 import re
 import secrets
 import sqlite3
-import stat
 import struct
 import threading
 import time
@@ -892,7 +891,6 @@ class _LogFile:
     def __init__(self, path: str | Path, fsync: bool, outbox: _Outbox) -> None:
         self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
         self._files: list[io.FileIO] = []  # open from a line to the next sync; more than one only if it was renamed
-        self._known = 0, 0  # its inode, and the size that we left
 
     def append(self, lines: list[str]) -> None:
         """Append the lines, all or none; raises OSError."""
@@ -900,45 +898,43 @@ class _LogFile:
         if not data:
             return
         with self._outbox.log_locked():
-            file = self._open()
-            state = os.fstat(file.fileno())
-            is_regular, end = stat.S_ISREG(state.st_mode), state.st_size
-            if is_regular and end and (state.st_ino, end) != self._known:
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    end = content.rfind(b"\n") + 1  # after the last whole line, as a crash may have torn one
-                file.truncate(end)
-            if is_regular and not end:
-                _sync_folder(self._path.parent)
-            size = end + len(data)
+            file, end = self._open(), 0
+            if file.readable():
+                left, end = file.tell(), file.seek(0, os.SEEK_END)
+                if end and end != left:  # it is new to us, or another's line came
+                    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                        end = content.rfind(b"\n") + 1  # after the last whole line, as a crash may have torn one
+                    file.truncate(end)
+                if not end:
+                    _sync_folder(self._path.parent)
             try:
                 while data:
                     data = data[file.write(data) :]
             except OSError as exc:
                 exc.filename = os.fspath(self._path)
-                if is_regular:
-                    file.truncate(end)
+                if file.readable():
+                    file.seek(end)  # if it cannot be cut, the next look finds that there is more
+                    file.truncate()
                 raise
-            self._known = state.st_ino, size
 
     def _open(self) -> io.FileIO:
         with suppress(FileNotFoundError):
-            if self._files and os.stat(self._path).st_ino == self._known[0]:
+            if self._files and os.path.samestat(os.stat(self._path), os.fstat(self._files[-1].fileno())):
                 return self._files[-1]
         is_other = self._path.exists() and not self._path.is_file()
-        # A FIFO shall not be its own reader, nor wait for one.
+        # Only a regular file is readable: a FIFO shall not be its own reader, nor wait for one.
         mode = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) if is_other else os.O_RDWR
         file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT, 0o600)
         if is_other:
             os.set_blocking(file, True)
-        self._files.append(io.FileIO(file, "a"))
+        self._files.append(io.FileIO(file, "a" if is_other else "r+"))
         return self._files[-1]
 
     def sync(self) -> None:
         """Have what was appended on the disk; raises OSError."""
-        with ExitStack() as files:
-            while self._files:
-                file = files.enter_context(self._files.pop())
-                if self._fsync and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        while self._files:
+            with self._files.pop() as file:
+                if self._fsync and file.readable():
                     os.fsync(file.fileno())
 
     def find(self, ids: set[str]) -> set[str]:
