@@ -939,22 +939,20 @@ class _LogFile:
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
-        wanted, found, seen = {id.encode() for id in ids}, set[bytes](), set[int]()
         # Never a database or a lock, of ours or another's: to close it would drop this process's locks on it.
         name, stem = re.escape(self._path.name), re.escape(self._path.stem)
         is_ours = re.compile(rf"{name}$|(?!.*\.(db|sqlite\d?|lock)\b){stem}(?![a-zA-Z])").match
-        while files := [file for file in os.scandir(self._path.parent) if is_ours(file.name) and file.is_file()]:
+        found, seen, before = set[str](), set[int](), -1
+        while before < len(seen):  # until a look finds no other file, as one may be renamed meanwhile
             before = len(seen)
-            for file in files:  # and look again, as one may be renamed meanwhile
-                with suppress(FileNotFoundError, PermissionError), open(file, "rb") as lines:  # another's
-                    if (inode := os.fstat(lines.fileno()).st_ino) not in seen:
+            for path in [path for path in self._path.parent.iterdir() if is_ours(path.name) and path.is_file()]:
+                with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
+                    if (inode := os.fstat(file.fileno()).st_ino) not in seen:
                         seen.add(inode)
-                        found.update(line[_ID] for line in lines if line[_ID] in wanted and line.endswith(b"\n"))
+                        found.update(line[_ID] for line in file if line[_ID] in ids and line.endswith("\n"))
                         if self._fsync and os.name == "posix":  # as who wrote them may have died before
-                            os.fsync(lines.fileno())
-            if len(seen) == before:
-                break
-        return {id.decode() for id in found}
+                            os.fsync(file.fileno())
+        return found
 
 
 # ----------------------------------------------------------------------------------------------------- the app
