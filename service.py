@@ -723,11 +723,12 @@ class _Relay:
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
-        if self._lifespans and len(self._in_requests) >= self._most:
-            entry.due = time.monotonic() + self._delay
-        elif not await self._attempt(entry, self._in_requests, self._delay):
-            return
-        await self.catch_up()
+        with suppress(GeneratorExit):  # the notifier's, or the task is being closed, and waits for nothing more
+            if self._lifespans and len(self._in_requests) >= self._most:
+                entry.due = time.monotonic() + self._delay
+            else:
+                await self._attempt(entry, self._in_requests, self._delay)
+            await self.catch_up()
 
     async def catch_up(self) -> None:
         """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
@@ -787,30 +788,26 @@ class _Relay:
         if len(due) > room:
             self._next = now
 
-    async def _attempt(self, entry: _Entry, hands: set[_Entry], delay: float = 0.0) -> bool:
-        """Deliver what nobody has in hand; False if the task is being closed, and must not wait for anything."""
+    async def _attempt(self, entry: _Entry, hands: set[_Entry], delay: float = 0.0) -> None:
+        """Deliver what nobody has in hand."""
         if not self._outbox.take(entry):
-            return True
+            return
         hands.add(entry)
         try:
             if delay:
                 await anyio.sleep(delay)
             if self._is_async:
                 await self._notify(_read_line(entry.line))
+                self._outbox.delete([entry])
         except BaseException as exc:
             self._fail([entry], exc)
-            if isinstance(exc, GeneratorExit):
-                return False
-            if hands is self._in_requests and _ends_task(exc):  # a task of the relay's would end all of them
-                raise
+            if hands is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
+                raise  # but not in a task of the relay's, as it would end all of them
         else:
-            if self._is_async:
-                self._outbox.delete([entry])
-            else:
+            if not self._is_async:
                 await self._group.run(entry)
         finally:
             hands.discard(entry)
-        return True
 
     def _call(self, entries: list[_Entry]) -> None:
         for entry in entries:
