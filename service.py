@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import inspect
 import io
 import json
 import logging
@@ -36,11 +35,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from traceback import format_exception_only
 from typing import Any
@@ -777,7 +775,7 @@ class _Relay:
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK
             try:
-                await _in_thread(partial(self._outbox.adopt, self._find_delivered))
+                await _in_thread(self._outbox.adopt, self._find_delivered)
             except Exception as exc:
                 self._warn("what is left in the outbox has to wait", exc)
         now = time.monotonic()
@@ -813,7 +811,7 @@ class _Relay:
         for entry in entries:
             try:
                 result = self._notify(_read_line(entry.line))
-                if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+                if isinstance(result, Awaitable | Generator | AsyncGenerator):
                     raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
             except BaseException as exc:
                 self._fail([entry], exc)
@@ -875,8 +873,8 @@ class _Warnings:
                 log.warning(f"{message}: %.500r", *args, "".join(format_exception_only(error)).strip())
 
 
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    return await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))  # not one of the host's
+async def _in_thread(function: Callable[..., object], *args: object) -> None:
+    await anyio.to_thread.run_sync(function, *args, limiter=anyio.CapacityLimiter(1))  # not one of the host's
 
 
 # ---------------------------------------------------------------------------------------------------- log file
