@@ -828,7 +828,7 @@ class _Relay:
         else:
             self._outbox.settle(new)
             self._unsynced += new
-        if new and new == entries and time.monotonic() < self._synced + _LINGER:
+        if new == entries and time.monotonic() < self._synced + _LINGER:
             return self._group.wake()  # with others, or alone when no others come
         unsynced, self._unsynced, self._synced = self._unsynced, [], time.monotonic()
         try:
