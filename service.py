@@ -712,7 +712,7 @@ class _Relay:
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
         self._find_delivered: _Search = (lambda ids: set()) if own else file.find  # one's own can tell by the id
         self._warn = _Warnings(50 if own else 1)
-        self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
+        self._lifespans: set[TaskGroup] = set()  # of each that runs, its clock
         self._in_requests: set[_Entry] = set()  # in hand
         self._in_relay: set[_Entry] = set()
         self._most = max(_IN_HAND, threads)  # of each
@@ -738,17 +738,17 @@ class _Relay:
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
         await _in_thread(self._outbox.open)
-        error, clock = None, anyio.CancelScope()
-        self._lifespans.add(clock)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._run, clock, tasks)
+        error = None
+        async with anyio.create_task_group() as tasks, anyio.create_task_group() as clock:
+            self._lifespans.add(clock)
+            clock.start_soon(self._run, tasks)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
                 error = exc
             finally:
                 self._lifespans.discard(clock)
-                clock.cancel()
+                clock.cancel_scope.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
                 log.info("waiting at most %d s for the %d that the relay has in hand", _DRAIN, len(self._in_relay))
         with anyio.move_on_after(_FLUSH), suppress(OSError, sqlite3.Error):  # as the log may hang
@@ -761,11 +761,10 @@ class _Relay:
         if error:
             raise error
 
-    async def _run(self, clock: anyio.CancelScope, tasks: TaskGroup) -> None:
-        with clock:
-            while True:
-                await self._step(tasks)
-                await anyio.sleep(_POLL if self._outbox.pending else 1)
+    async def _run(self, tasks: TaskGroup) -> None:
+        while True:
+            await self._step(tasks)
+            await anyio.sleep(_POLL if self._outbox.pending else 1)
 
     async def _step(self, tasks: TaskGroup) -> None:
         """Adopt what the dead left, and start to deliver what is due."""
