@@ -845,10 +845,9 @@ class _Relay:
             pause = min(self._wait_max, self._wait_initial + now - entry.since) * random.uniform(0.75, 1)
             entry.due = now + pause if now - entry.since < min(give_up, self._give_up) else math.inf
             self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry
-            if entry.due == math.inf:
-                self._warn("notification %s failed, and waits for the next start", error, entry.line[_ID])
-            elif is_first:
-                self._warn("notification %s failed, and is tried again", error, entry.line[_ID])
+            if is_first or entry.due == math.inf:
+                fate = "waits for the next start" if entry.due == math.inf else "is tried again"
+                self._warn("notification %s failed, and %s", error, entry.line[_ID], fate)
 
 
 def _ends_task(error: BaseException) -> bool:
