@@ -893,10 +893,11 @@ class _LogFile:
         with self._outbox.log_locked():
             file, end = self._open(), 0
             if file.readable():
-                left, end = file.tell(), file.seek(0, os.SEEK_END)
-                if end and end != left:  # it is new to us, or another's line came
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                if file.read(1) not in (b"", b"\n"):  # a crash has torn the last line
                     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                        end = content.rfind(b"\n") + 1  # after the last whole line, as a crash may have torn one
+                        end = content.rfind(b"\n") + 1
                     file.truncate(end)
                 if not end:
                     _sync_folder(self._path.parent)
@@ -906,8 +907,7 @@ class _LogFile:
             except OSError as exc:
                 exc.filename = os.fspath(self._path)
                 if file.readable():
-                    file.seek(end)  # if it cannot be cut, the next look finds that there is more
-                    file.truncate()
+                    file.truncate(end)
                 raise
 
     def _open(self) -> io.FileIO:
@@ -920,7 +920,7 @@ class _LogFile:
         file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT, 0o600)
         if is_other:
             os.set_blocking(file, True)
-        self._files.append(io.FileIO(file, "a" if is_other else "r+"))
+        self._files.append(io.FileIO(file, "a" if is_other else "a+"))
         return self._files[-1]
 
     def sync(self) -> None:
