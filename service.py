@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import inspect
 import io
 import json
 import logging
@@ -31,13 +30,12 @@ import random
 import re
 import secrets
 import sqlite3
-import stat
 import struct
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -691,7 +689,7 @@ class _Relay:
         self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
         self._find_delivered: _Search = (lambda ids: set()) if own else file.find  # one's own can tell by the id
         self._warn = _Warnings(50 if own else 1)
-        self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
+        self._lifespans: set[TaskGroup] = set()  # of each that runs, its clock
         self._in_requests: set[_Entry] = set()  # in hand
         self._in_relay: set[_Entry] = set()
         self._most = max(_IN_HAND, threads)  # of each
@@ -700,11 +698,12 @@ class _Relay:
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
-        if self._lifespans and len(self._in_requests) >= self._most:
-            entry.due = time.monotonic() + self._delay
-        elif not await self._attempt(entry, self._in_requests, self._delay):
-            return
-        await self.catch_up()
+        with suppress(GeneratorExit):  # the notifier's, or the task is being closed, and waits for nothing more
+            if self._lifespans and len(self._in_requests) >= self._most:
+                entry.due = time.monotonic() + self._delay
+            else:
+                await self._attempt(entry, self._in_requests, self._delay)
+            await self.catch_up()
 
     async def catch_up(self) -> None:
         """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
@@ -716,17 +715,17 @@ class _Relay:
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
         await _in_thread(self._outbox.open)
-        error, clock = None, anyio.CancelScope()
-        self._lifespans.add(clock)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._run, clock, tasks)
+        error = None
+        async with anyio.create_task_group() as tasks, anyio.create_task_group() as clock:
+            self._lifespans.add(clock)
+            clock.start_soon(self._run, tasks)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
                 error = exc
             finally:
                 self._lifespans.discard(clock)
-                clock.cancel()
+                clock.cancel_scope.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
                 log.info("waiting at most %d s for the %d that the relay has in hand", _DRAIN, len(self._in_relay))
         with anyio.move_on_after(_FLUSH), suppress(OSError, sqlite3.Error):  # as the log may hang
@@ -739,11 +738,10 @@ class _Relay:
         if error:
             raise error
 
-    async def _run(self, clock: anyio.CancelScope, tasks: TaskGroup) -> None:
-        with clock:
-            while True:
-                await self._step(tasks)
-                await anyio.sleep(_POLL if self._outbox.pending else 1)
+    async def _run(self, tasks: TaskGroup) -> None:
+        while True:
+            await self._step(tasks)
+            await anyio.sleep(_POLL if self._outbox.pending else 1)
 
     async def _step(self, tasks: TaskGroup) -> None:
         """Adopt what the dead left, and start to deliver what is due."""
@@ -764,36 +762,32 @@ class _Relay:
         if len(due) > room:
             self._next = now
 
-    async def _attempt(self, entry: _Entry, hands: set[_Entry], delay: float = 0.0) -> bool:
-        """Deliver what nobody has in hand; False if the task is being closed, and must not wait for anything."""
+    async def _attempt(self, entry: _Entry, hands: set[_Entry], delay: float = 0.0) -> None:
+        """Deliver what nobody has in hand."""
         if not self._outbox.take(entry):
-            return True
+            return
         hands.add(entry)
         try:
             if delay:
                 await anyio.sleep(delay)
             if self._is_async:
                 await self._notify(_read_line(entry.line))
+                self._outbox.delete([entry])
         except BaseException as exc:
             self._fail([entry], exc)
-            if isinstance(exc, GeneratorExit):
-                return False
-            if hands is self._in_requests and _ends_task(exc):  # a task of the relay's would end all of them
-                raise
+            if hands is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
+                raise  # but not in a task of the relay's, as it would end all of them
         else:
-            if self._is_async:
-                self._outbox.delete([entry])
-            else:
+            if not self._is_async:
                 await self._group.run(entry)
         finally:
             hands.discard(entry)
-        return True
 
     def _call(self, entries: list[_Entry]) -> None:
         for entry in entries:
             try:
                 result = self._notify(_read_line(entry.line))
-                if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+                if isinstance(result, Awaitable | Generator | AsyncGenerator):
                     raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
             except BaseException as exc:
                 self._fail([entry], exc)
@@ -810,7 +804,7 @@ class _Relay:
         else:
             self._outbox.settle(new)
             self._unsynced += new
-        if new and new == entries and time.monotonic() < self._synced + _LINGER:
+        if new == entries and time.monotonic() < self._synced + _LINGER:
             return self._group.wake()  # with others, or alone when no others come
         unsynced, self._unsynced, self._synced = self._unsynced, [], time.monotonic()
         try:
@@ -828,10 +822,9 @@ class _Relay:
             pause = min(self._wait_max, self._wait_initial + now - entry.since) * random.uniform(0.75, 1)
             entry.due = now + pause if now - entry.since < min(give_up, self._give_up) else math.inf
             self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry
-            if entry.due == math.inf:
-                self._warn("notification %s failed, and waits for the next start", error, entry.line[_ID])
-            elif is_first:
-                self._warn("notification %s failed, and is tried again", error, entry.line[_ID])
+            if is_first or entry.due == math.inf:
+                fate = "waits for the next start" if entry.due == math.inf else "is tried again"
+                self._warn("notification %s failed, and %s", error, entry.line[_ID], fate)
 
 
 def _ends_task(error: BaseException) -> bool:
@@ -855,8 +848,8 @@ class _Warnings:
                 log.warning(f"{message}: %.500r", *args, "".join(format_exception_only(error)).strip())
 
 
-async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    return await anyio.to_thread.run_sync(function, *args, limiter=anyio.CapacityLimiter(1))  # not one of the host's
+async def _in_thread(function: Callable[..., object], *args: object) -> None:
+    await anyio.to_thread.run_sync(function, *args, limiter=anyio.CapacityLimiter(1))  # not one of the host's
 
 
 # ---------------------------------------------------------------------------------------------------- log file
@@ -868,7 +861,6 @@ class _LogFile:
     def __init__(self, path: str | Path, fsync: bool, outbox: _Outbox) -> None:
         self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
         self._files: list[io.FileIO] = []  # open from a line to the next sync; more than one only if it was renamed
-        self._known = 0, 0  # its inode, and the size that we left
 
     def append(self, lines: list[str]) -> None:
         """Append the lines, all or none; raises OSError."""
@@ -876,65 +868,61 @@ class _LogFile:
         if not data:
             return
         with _exclusive(self._outbox.log_lock):  # which keeps the lines of all its workers apart
-            file = self._open()
-            state = os.fstat(file.fileno())
-            is_regular, end = stat.S_ISREG(state.st_mode), state.st_size
-            if is_regular and end and (state.st_ino, end) != self._known:
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    end = content.rfind(b"\n") + 1  # after the last whole line, as a crash may have torn one
-                file.truncate(end)
-            if is_regular and not end:
-                _sync_folder(self._path.parent)
-            size = end + len(data)
+            file, end = self._open(), 0
+            if file.readable():
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                if file.read(1) not in (b"", b"\n"):  # a crash has torn the last line
+                    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                        end = content.rfind(b"\n") + 1
+                    file.truncate(end)
+                if not end:
+                    _sync_folder(self._path.parent)
             try:
                 while data:
                     data = data[file.write(data) :]
             except OSError as exc:
                 exc.filename = os.fspath(self._path)
-                if is_regular:
+                if file.readable():
                     file.truncate(end)
                 raise
-            self._known = state.st_ino, size
 
     def _open(self) -> io.FileIO:
         with suppress(FileNotFoundError):
-            if self._files and os.stat(self._path).st_ino == self._known[0]:
+            if self._files and os.path.samestat(os.stat(self._path), os.fstat(self._files[-1].fileno())):
                 return self._files[-1]
         is_other = self._path.exists() and not self._path.is_file()
-        # A FIFO shall not be its own reader, nor wait for one.
+        # Only a regular file is readable: a FIFO shall not be its own reader, nor wait for one.
         mode = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) if is_other else os.O_RDWR
         file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT, 0o600)
         if is_other:
             os.set_blocking(file, True)
-        self._files.append(io.FileIO(file, "a"))
+        self._files.append(io.FileIO(file, "a" if is_other else "a+"))
         return self._files[-1]
 
     def sync(self) -> None:
         """Have what was appended on the disk; raises OSError."""
-        with ExitStack() as files:
-            while self._files:
-                file = files.enter_context(self._files.pop())
-                if self._fsync and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        while self._files:
+            with self._files.pop() as file:
+                if self._fsync and file.readable():
                     os.fsync(file.fileno())
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
-        wanted, found, seen = {id.encode() for id in ids}, set[bytes](), set[int]()
         # Never a database or a lock, of ours or another's: to close it would drop this process's locks on it.
         name, stem = re.escape(self._path.name), re.escape(self._path.stem)
         is_ours = re.compile(rf"{name}$|(?!.*\.(db|sqlite\d?|lock)\b){stem}(?![a-zA-Z])").match
-        while files := [file for file in os.scandir(self._path.parent) if is_ours(file.name) and file.is_file()]:
+        found, seen, before = set[str](), set[int](), -1
+        while before < len(seen):  # until a look finds no other file, as one may be renamed meanwhile
             before = len(seen)
-            for file in files:  # and look again, as one may be renamed meanwhile
-                with suppress(FileNotFoundError, PermissionError), open(file, "rb") as lines:  # another's
-                    if (inode := os.fstat(lines.fileno()).st_ino) not in seen:
+            for path in [path for path in self._path.parent.iterdir() if is_ours(path.name) and path.is_file()]:
+                with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
+                    if (inode := os.fstat(file.fileno()).st_ino) not in seen:
                         seen.add(inode)
-                        found.update(line[_ID] for line in lines if line[_ID] in wanted and line.endswith(b"\n"))
+                        found.update(line[_ID] for line in file if line[_ID] in ids and line.endswith("\n"))
                         if self._fsync and os.name == "posix":  # as who wrote them may have died before
-                            os.fsync(lines.fileno())
-            if len(seen) == before:
-                break
-        return {id.decode() for id in found}
+                            os.fsync(file.fileno())
+        return found
 
 
 # ----------------------------------------------------------------------------------------------------- the app
