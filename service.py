@@ -286,7 +286,7 @@ class _Group:
             loop = anyio.lowlevel.current_token().native_token  # trio's
             at_end_of_turn = call_soon = loop.run_sync_soon
         with self._changed:
-            if loop not in self._rounds or self._max_threads or not self._threads:
+            if loop not in self._rounds or self._max_threads or not self._threads:  # or none could be had before
                 self._rounds[loop] = anyio.Event()
                 at_end_of_turn(self.wake)
             done = self._rounds[loop]
@@ -371,7 +371,7 @@ _Search = Callable[[set[str]], set[str]]  # of ids, those whose line is in the l
 class _Entry:
     """A notification on its way."""
 
-    line: str
+    line: str  # "": there is none, and it only asks that what was put off is done
     key: str | None = None
     digest: str = ""  # of what came with the key
     seq: int = 0  # in the outbox; 0: it is not there
@@ -412,9 +412,10 @@ class _Outbox:
         digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest() if key else ""
         entry = _Entry(_write_line(email, message), key, digest)
         await self.writer.run(entry)
+        if isinstance(entry.error, HTTPException):
+            raise entry.error
         if not entry.id:
-            unwritable = HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
-            raise entry.error if isinstance(entry.error, HTTPException) else unwritable
+            raise HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         return entry
 
     async def probe(self) -> Exception | None:
@@ -473,10 +474,12 @@ class _Outbox:
 
     def _sort_out(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
-        room = self._max_pending - len(self.pending) + len(self._adopted)
+        room = self._max_pending - (len(self.pending) - len(self._adopted))
         fresh: list[_Entry] = []
-        asked = time.time() - _DAY, json.dumps([entry.key for entry in new if entry.key])
-        keys = {key: (id, digest) for key, id, digest in db.execute(_FIND_KEYS, asked)}
+        keys: dict[str | None, tuple[str, str]] = {}
+        if asked := [entry.key for entry in new if entry.key]:
+            found = db.execute(_FIND_KEYS, (time.time() - _DAY, json.dumps(asked)))
+            keys = {key: (id, digest) for key, id, digest in found}
         for entry in new:
             id, digest = keys.get(entry.key, ("", entry.digest))
             if digest != entry.digest:
@@ -489,8 +492,8 @@ class _Outbox:
                 fresh.append(entry)
                 if entry.key:
                     keys[entry.key] = entry.line[_ID], digest
-        kept = {entry.key: (entry.line[_ID], entry.digest) for entry in fresh if entry.key}
-        db.execute(_KEEP_KEYS, (time.time(), json.dumps(kept)))
+        if kept := {entry.key: (entry.line[_ID], entry.digest) for entry in fresh if entry.key}:
+            db.execute(_KEEP_KEYS, (time.time(), json.dumps(kept)))
         return fresh
 
     def open(self) -> sqlite3.Connection:
@@ -621,9 +624,9 @@ def _exclusive(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _connected(path: Path, *pragmas: str, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
-    if path != Path(":memory:") and not path.exists():
-        path.touch(0o600)  # only if it is not there: to close it would drop this process's locks on it
     with closing(sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)) as db:
+        if path.is_absolute():  # not in memory
+            path.chmod(0o600)  # now, as to make it with an open of our own, and close it, would drop locks on it
         for pragma in pragmas:
             db.execute(f"PRAGMA {pragma}")
         yield db
@@ -686,13 +689,13 @@ class _Relay:
         self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
         self._group = _Group(self._call, threads) if own else _Group(self._append)
-        self._wait_initial, self._wait_max, self._give_up = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
-        self._find_delivered: _Search = (lambda ids: set()) if own else file.find  # one's own can tell by the id
+        self._wait_initial, self._wait_max, self._patience = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
+        self._find_delivered: _Search = (lambda ids: set()) if own else file.find  # one's own is told by the id
         self._warn = _Warnings(50 if own else 1)
         self._lifespans: set[TaskGroup] = set()  # of each that runs, its clock
-        self._in_requests: set[_Entry] = set()  # in hand
-        self._in_relay: set[_Entry] = set()
-        self._most = max(_IN_HAND, threads)  # of each
+        self._in_requests: set[_Entry] = set()  # what requests' tasks have in hand
+        self._in_relay: set[_Entry] = set()  # what the relay's have
+        self._most = max(_IN_HAND, threads)  # that each of the two may have
         self._unsynced: list[_Entry] = []  # to the log, but perhaps not to the disk
         self._synced = self._next = self._next_look = 0.0  # on the monotonic clock
 
@@ -760,7 +763,7 @@ class _Relay:
         for entry in due[:room]:
             tasks.start_soon(self._attempt, entry, self._in_relay)
         if len(due) > room:
-            self._next = now
+            self._next = now  # so that catch_up goes on
 
     async def _attempt(self, entry: _Entry, hands: set[_Entry], delay: float = 0.0) -> None:
         """Deliver what nobody has in hand."""
@@ -810,18 +813,18 @@ class _Relay:
         try:
             self._file.sync()
         except OSError as exc:  # to sync again would prove nothing: the next start searches the log
-            self._fail(unsynced, exc, give_up=0)
+            self._fail(unsynced, exc, patience=0)
         else:
             self._outbox.delete(unsynced)
 
-    def _fail(self, entries: list[_Entry], error: BaseException, give_up: float = math.inf) -> None:
+    def _fail(self, entries: list[_Entry], error: BaseException, patience: float = math.inf) -> None:
         """Have the entries wait as long as they have failed so far, so that pauses double."""
         now = time.monotonic()
         for entry in entries:
             is_first, entry.since = entry.since is None, entry.since or now
             pause = min(self._wait_max, self._wait_initial + now - entry.since) * random.uniform(0.75, 1)
-            entry.due = now + pause if now - entry.since < min(give_up, self._give_up) else math.inf
-            self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry
+            entry.due = now + pause if now - entry.since < min(patience, self._patience) else math.inf
+            self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry  # again, if it was settled
             if is_first or entry.due == math.inf:
                 fate = "waits for the next start" if entry.due == math.inf else "is tried again"
                 self._warn("notification %s failed, and %s", error, entry.line[_ID], fate)
@@ -829,6 +832,8 @@ class _Relay:
 
 def _ends_task(error: BaseException) -> bool:
     """Whether it is this task that ends, and not only something that the notifier did or waited for."""
+    if isinstance(error, BaseExceptionGroup):  # of a nursery of trio's
+        return any(map(_ends_task, error.exceptions))
     if not isinstance(error, anyio.get_cancelled_exc_class()):
         return False
     task = asyncio.current_task() if isinstance(error, asyncio.CancelledError) else None
@@ -909,7 +914,8 @@ class _LogFile:
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
-        # Never a database or a lock, of ours or another's: to close it would drop this process's locks on it.
+        # Such as log.txt.1 and log-2026.txt, not logins.txt; and never a database or a lock, of ours or another's: to
+        # close it would drop this process's locks on it.
         name, stem = re.escape(self._path.name), re.escape(self._path.stem)
         is_ours = re.compile(rf"{name}$|(?!.*\.(db|sqlite\d?|lock)\b){stem}(?![a-zA-Z])").match
         found, seen, before = set[str](), set[int](), -1
