@@ -1386,6 +1386,21 @@ async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_
         assert await health(app) == counts()
 
 
+async def test_without_a_lifespan_one_request_sees_to_all_that_it_adopts_however_many(outbox):
+    async with lifespan(create_app(raises, outbox=outbox)) as app, anyio.create_task_group() as tasks:
+        for _ in range(520):
+            tasks.start_soon(post, app)
+    gate = Gate()
+    app = create_app(gate.on_loop, outbox=outbox)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(health, app)
+        await soon(lambda: len(gate.came) == 500)
+        with anyio.fail_after(20):
+            await health(app)  # another leaves it to the first
+        gate.open()
+    assert len({n.id for n in gate.sent}) == len(gate.sent) == 520
+
+
 async def test_many_failures_do_not_flood_the_servers_log(caplog):
     app = create_app(raises, outbox=":memory:")
     async with client(app) as http:

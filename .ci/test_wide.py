@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
+import httpx
 import pytest
+import trio
 from aiosmtpd.smtp import SMTP, Envelope
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -516,6 +518,32 @@ def test_when_post_returns_the_notification_is_delivered(
             done = calls if notify_of else list(delivered(tmp_path).values())
             assert done == [str(n) for n in range(number + 1)]
         assert client.get("/health").json() == {"status": "ok", "pending": 0, "failed": 0}
+
+
+def test_on_trio_time_can_run_out_within_a_nursery_of_the_notifier() -> None:
+    calls: list[str] = []
+
+    async def notify(notification: Notification) -> None:
+        calls.append(notification.id)
+        if len(calls) == 1:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                limit.deadline = trio.current_time()
+
+    async def main() -> None:
+        app = create_app(notify, outbox=":memory:")
+        async with app.router.lifespan_context(app):
+            with limit:
+                async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+                    await http.post(POST)
+            assert limit.cancelled_caught
+            with trio.fail_after(20):
+                while len(calls) < 2:
+                    await trio.sleep(0.05)
+
+    limit = trio.CancelScope()
+    trio.run(main)
+    assert calls[0] == calls[1]
 
 
 def test_what_is_tested_in_process_holds_on_trio(tmp_path: Path) -> None:
