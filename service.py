@@ -271,8 +271,8 @@ class _Group:
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
-        self._entries: list[tuple[_Entry, anyio.Event, Any]] = []
-        self._rounds: dict[Any, anyio.Event] = {}  # for each loop, what is set when the next round is done
+        self._entries: list[tuple[_Entry, Any, Any]] = []  # each with its event, and how to call its loop
+        self._rounds: dict[Any, Any] = {}  # for each loop, what is set when the next round is done
         self._changed = threading.Condition()
         self._threads = 0
         self._woken = False
@@ -281,13 +281,14 @@ class _Group:
         """Return when the entry was handled."""
         try:
             loop: Any = asyncio.get_running_loop()
+            event: Any = asyncio.Event  # waited for a step less than with AnyIO's
             at_end_of_turn, call_soon = loop.call_soon, loop.call_soon_threadsafe
         except RuntimeError:
-            loop = anyio.lowlevel.current_token().native_token  # trio's
+            loop, event = anyio.lowlevel.current_token().native_token, anyio.Event  # trio's
             at_end_of_turn = call_soon = loop.run_sync_soon
         with self._changed:
             if loop not in self._rounds or self._max_threads or not self._threads:  # or none could be had before
-                self._rounds[loop] = anyio.Event()
+                self._rounds[loop] = event()
                 at_end_of_turn(self.wake)
             done = self._rounds[loop]
             self._entries.append((entry, done, call_soon))
@@ -319,7 +320,7 @@ class _Group:
                 with suppress(RuntimeError):  # the loop is closed, and nobody waits
                     call_soon(done.set)
 
-    def _next_round(self) -> list[tuple[_Entry, anyio.Event, Any]] | None:
+    def _next_round(self) -> list[tuple[_Entry, Any, Any]] | None:
         with self._changed:
             if not self._changed.wait_for(lambda: self._entries, _LINGER) and not self._woken:
                 self._threads -= 1
@@ -460,7 +461,8 @@ class _Outbox:
         if not new and not delivered:
             return
         with _transaction(self.open()) as db:
-            db.execute(_DELETE, (json.dumps(delivered),))
+            if delivered:
+                db.execute(_DELETE, (json.dumps(delivered),))
             fresh = self._sort_out(db, [entry for entry in new if entry.line])
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
