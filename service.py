@@ -574,6 +574,8 @@ class _Outbox:
         workers = {worker for (worker,) in self._adopter.execute(_OWNERS)}
         workers |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
         dead: list[str] = []
+        if workers <= {self._worker}:
+            return dead
         with _locked(self._in_folder("outbox.lock")):  # nobody is about to take a lock of his own
             for worker in workers:
                 lock = self._in_folder(f"{worker}.lock")
