@@ -24,7 +24,6 @@ import io
 import json
 import logging
 import math
-import mmap
 import os
 import random
 import re
@@ -168,7 +167,7 @@ class _Api:
         return _Answer(_OPENAPI | {"servers": [{"url": request.scope.get("root_path") or "/"}]})
 
     async def refuse(self, request: Request, exc: Exception) -> Response:
-        """The answer to what cannot be kept; the framework logs what is no HTTPException."""
+        """The answer to every error; the framework logs what is no HTTPException."""
         error = exc if isinstance(exc, HTTPException) else HTTPException(500)
         content = {"detail": _DETAILS.get(error.status_code, error.detail)}
         return _Answer(content, error.status_code, error.headers, background=BackgroundTask(self._relay.catch_up))
@@ -260,8 +259,8 @@ _OPENAPI: dict[str, Any] = {
 # Plan: `run` adds the entry to a list, and waits for an event that it shares with all who wait on the same loop. When
 # the loop has done its turn, a thread takes the list, handles it, and has each loop set its event. What comes
 # meanwhile gathers for the next round, so that rounds grow with the load. A thread to which nothing has come for a
-# while ends; if it was woken for nothing, it handles an empty list before, which is the time for what was put off. An
-# entry is handled even if the one who waited for it was cancelled.
+# while ends; one that is woken while nothing is there handles an empty list first, which is the time for what was put
+# off. An entry is handled even if the one who waited for it was cancelled.
 
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
 
@@ -300,11 +299,11 @@ class _Group:
             self._woken = True
             self._changed.notify()
             if self._threads < max(1, self._max_threads):
-                with suppress(RuntimeError):  # no thread can be had: see retry
+                with suppress(RuntimeError):  # no thread can be had: see wake_if_waiting
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
                     self._threads += 1
 
-    def retry(self) -> None:
+    def wake_if_waiting(self) -> None:
         """Have the thread that could not be had before."""
         if self._entries:
             self.wake()
@@ -397,11 +396,11 @@ class _Outbox:
         )
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write), _Warnings(1)
-        self.pending: dict[int, _Entry] = {}  # what is ours
+        self.pending: dict[int, _Entry] = {}  # what is ours and undelivered
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
-        self._left: list[_Entry] = []  # by the dead: ours, but not yet looked for in the log
+        self._unsearched: list[_Entry] = []  # by the dead: ours, but not yet looked for in the log
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
@@ -420,7 +419,7 @@ class _Outbox:
         return entry
 
     async def probe(self) -> Exception | None:
-        """Why the outbox cannot be written, if so. What was put before is written, too."""
+        """Why the outbox cannot be written, if so. What was put before is written before."""
         nothing = _Entry("")
         await self.writer.run(nothing)
         return nothing.error
@@ -520,6 +519,8 @@ class _Outbox:
         with _locked(self._in_folder("outbox.lock")), ExitStack() as opened:
             self.log_lock = opened.enter_context(_connected(self._in_folder("log.lock")))
             is_new = not self._folder or _is_new(self._path)
+            if is_new and self._folder:
+                self._path.touch(0o600)  # for nobody else, from the first moment
             db, self._adopter = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
             if is_new:
                 db.executescript(_SCHEMA)
@@ -535,13 +536,13 @@ class _Outbox:
     def close(self) -> None:
         """Let go of the outbox, and leave what waits to whoever looks next.
 
-        Not while something is in hand or undeleted: then it ends with the process.
+        Does nothing while something is in hand or undeleted: the outbox then stays open until the process ends.
         """
         with self._adopting, self._lock, _locked(self._in_folder("outbox.lock")):  # nobody shall start meanwhile
             with self._taking:
                 if not self._folder or self._undeleted or len(self.waiting) < len(self.pending):
                     return
-                self._db, self.pending, self.waiting, self._adopted, self._left = None, {}, {}, set(), []
+                self._db, self.pending, self.waiting, self._adopted, self._unsearched = None, {}, {}, set(), []
             self._opened.close()
             self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
 
@@ -558,11 +559,11 @@ class _Outbox:
                 self._adopter.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._claim(dead)
                 self._adopter.execute(_FORGET_KEYS, (time.time() - _DAY,))
-            if not self._left:
+            if not self._unsearched:
                 return
-            log.info("looking in the log for %d notifications that the dead left", len(self._left))
-            delivered = find_delivered({entry.line[_ID] for entry in self._left})
-            left, self._left = self._left, []
+            log.info("looking in the log for %d notifications that the dead left", len(self._unsearched))
+            delivered = find_delivered({entry.line[_ID] for entry in self._unsearched})
+            left, self._unsearched = self._unsearched, []
             self.delete([entry for entry in left if entry.line[_ID] in delivered])
             for entry in left:
                 if entry.line[_ID] not in delivered:
@@ -574,12 +575,13 @@ class _Outbox:
         workers = {worker for (worker,) in self._adopter.execute(_OWNERS)}
         workers |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
         dead: list[str] = []
-        if workers <= {self._worker}:
+        workers.discard(self._worker)
+        if not workers:
             return dead
         with _locked(self._in_folder("outbox.lock")):  # nobody is about to take a lock of his own
             for worker in workers:
                 lock = self._in_folder(f"{worker}.lock")
-                with suppress(sqlite3.Error):  # it lives, as we do, or it is no lock of ours
+                with suppress(sqlite3.Error):  # it lives, or it is no lock of ours
                     with _locked(lock, wait=0):
                         dead.append(worker)
                     lock.unlink(missing_ok=True)
@@ -588,10 +590,10 @@ class _Outbox:
     def _claim(self, dead: list[str]) -> None:
         """Make ours what the dead left; few in one transaction, as other workers' commits wait for its end."""
         untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
-        while dead and untried + len(self._left) < _MOST_ADOPTED:
+        while dead and untried + len(self._unsearched) < _MOST_ADOPTED:
             with _transaction(self._adopter) as db:
                 rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
-            self._left += [_Entry(line, seq=seq) for line, seq in rows]
+            self._unsearched += [_Entry(line, seq=seq) for line, seq in rows]
             if not rows:
                 break
 
@@ -630,7 +632,7 @@ def _exclusive(db: sqlite3.Connection) -> Iterator[None]:
 def _connected(path: Path, *pragmas: str, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)) as db:
         if path.is_absolute():  # not in memory
-            path.chmod(0o600)  # now, as to make it with an open of our own, and close it, would drop locks on it
+            path.chmod(0o600)  # only now: to open and close it ourselves would drop this process's locks on it
         for pragma in pragmas:
             db.execute(f"PRAGMA {pragma}")
         yield db
@@ -645,7 +647,7 @@ def _is_new(path: Path) -> bool:
         changes = wal.read_bytes()
     if any(changes) and not _is_wal_header(changes[:32].ljust(32)):
         raise OSError(f"{wal.name} is damaged")
-    if size < 512 and (size or changes):  # SQLite would take it for new, and remove its log
+    if size < 512 and (size or changes):  # SQLite would take it for new, and remove its WAL
         raise OSError(f"{path.name} is damaged")
     if not size:
         return True
@@ -699,14 +701,14 @@ class _Relay:
         self._lifespans: set[TaskGroup] = set()  # of each that runs, its clock
         self._in_requests: set[_Entry] = set()  # what requests' tasks have in hand
         self._in_relay: set[_Entry] = set()  # what the relay's have
-        self._most = max(_IN_HAND, threads)  # that each of the two may have
+        self._most_in_hand = max(_IN_HAND, threads)  # that each of the two may have
         self._unsynced: list[_Entry] = []  # to the log, but perhaps not to the disk
-        self._synced = self._next = self._next_look = 0.0  # on the monotonic clock
+        self._synced = self._next_step = self._next_look = 0.0  # on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
         with suppress(GeneratorExit):  # the notifier's, or the task is being closed, and waits for nothing more
-            if self._lifespans and len(self._in_requests) >= self._most:
+            if self._lifespans and len(self._in_requests) >= self._most_in_hand:
                 entry.due = time.monotonic() + self._delay
             else:
                 await self._attempt(entry, self._in_requests, self._delay)
@@ -714,7 +716,7 @@ class _Relay:
 
     async def catch_up(self) -> None:
         """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
-        while not self._lifespans and time.monotonic() >= self._next and len(self._in_relay) < self._most:
+        while not self._lifespans and time.monotonic() >= self._next_step and len(self._in_relay) < self._most_in_hand:
             async with anyio.create_task_group() as tasks:
                 await self._step(tasks)
 
@@ -735,7 +737,7 @@ class _Relay:
                 clock.cancel_scope.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
                 log.info("waiting at most %d s for the %d that the relay has in hand", _DRAIN, len(self._in_relay))
-        with anyio.move_on_after(_FLUSH), suppress(OSError, sqlite3.Error):  # as the log may hang
+        with anyio.move_on_after(_FLUSH), suppress(OSError, RuntimeError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry(""))  # which syncs
             await self._outbox.probe()
@@ -752,9 +754,9 @@ class _Relay:
 
     async def _step(self, tasks: TaskGroup) -> None:
         """Adopt what the dead left, and start to deliver what is due."""
-        self._next = time.monotonic() + _POLL
-        self._outbox.writer.retry()
-        self._group.retry()
+        self._next_step = time.monotonic() + _POLL
+        self._outbox.writer.wake_if_waiting()
+        self._group.wake_if_waiting()
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK
             try:
@@ -763,17 +765,17 @@ class _Relay:
                 self._warn("what is left in the outbox has to wait", exc)
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
-        room = max(0, self._most - len(self._in_relay))
+        room = max(0, self._most_in_hand - len(self._in_relay))
         for entry in due[:room]:
             tasks.start_soon(self._attempt, entry, self._in_relay)
         if len(due) > room:
-            self._next = now  # so that catch_up goes on
+            self._next_step = now  # so that catch_up goes on
 
-    async def _attempt(self, entry: _Entry, hands: set[_Entry], delay: float = 0.0) -> None:
-        """Deliver what nobody has in hand."""
+    async def _attempt(self, entry: _Entry, in_hand: set[_Entry], delay: float = 0.0) -> None:
+        """Deliver the entry, unless somebody has it in hand."""
         if not self._outbox.take(entry):
             return
-        hands.add(entry)
+        in_hand.add(entry)
         try:
             if delay:
                 await anyio.sleep(delay)
@@ -782,13 +784,15 @@ class _Relay:
                 self._outbox.delete([entry])
         except BaseException as exc:
             self._fail([entry], exc)
-            if hands is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
+            if in_hand is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
                 raise  # but not in a task of the relay's, as it would end all of them
+            if isinstance(exc, BaseExceptionGroup):  # of a nursery of trio's, which tells again if this task ends
+                await anyio.lowlevel.checkpoint_if_cancelled()
         else:
             if not self._is_async:
                 await self._group.run(entry)
         finally:
-            hands.discard(entry)
+            in_hand.discard(entry)
 
     def _call(self, entries: list[_Entry]) -> None:
         for entry in entries:
@@ -807,16 +811,16 @@ class _Relay:
         try:
             self._file.append([entry.line for entry in new])
         except BaseException as exc:
-            self._fail(new, exc)
+            self._fail(new, exc, patience=0 if exc.__context__ else math.inf)  # 0: the next start searches the log
         else:
             self._outbox.settle(new)
             self._unsynced += new
         if new == entries and time.monotonic() < self._synced + _LINGER:
-            return self._group.wake()  # with others, or alone when no others come
+            return self._group.wake()  # to sync later: with the next lines, or when none come
         unsynced, self._unsynced, self._synced = self._unsynced, [], time.monotonic()
         try:
             self._file.sync()
-        except OSError as exc:  # to sync again would prove nothing: the next start searches the log
+        except OSError as exc:  # to sync again would prove nothing
             self._fail(unsynced, exc, patience=0)
         else:
             self._outbox.delete(unsynced)
@@ -836,8 +840,6 @@ class _Relay:
 
 def _ends_task(error: BaseException) -> bool:
     """Whether it is this task that ends, and not only something that the notifier did or waited for."""
-    if isinstance(error, BaseExceptionGroup):  # of a nursery of trio's
-        return any(map(_ends_task, error.exceptions))
     if not isinstance(error, anyio.get_cancelled_exc_class()):
         return False
     task = asyncio.current_task() if isinstance(error, asyncio.CancelledError) else None  # trio's says enough
@@ -872,7 +874,7 @@ class _LogFile:
         self._files: list[io.FileIO] = []  # open from a line to the next sync; more than one only if it was renamed
 
     def append(self, lines: list[str]) -> None:
-        """Append the lines, all or none; raises OSError."""
+        """Append all lines, or raise and append none; an error with a context: some may stay, as to cut them failed."""
         data = "".join(f"{line}\n" for line in lines).encode()
         if not data:
             return
@@ -882,16 +884,19 @@ class _LogFile:
                 end = file.seek(0, os.SEEK_END)
                 file.seek(max(0, end - 1))
                 if file.read(1) not in (b"", b"\n"):  # a crash has torn the last line
-                    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                        end = content.rfind(b"\n") + 1
+                    newline = -1
+                    while end and newline < 0:
+                        end = file.seek(max(0, end - 65536))
+                        newline = file.read(65536).rfind(b"\n")
+                    end += newline + 1
                     file.truncate(end)
                 if not end:
                     _sync_folder(self._path.parent)
             try:
                 while data:
                     data = data[file.write(data) :]
-            except OSError as exc:
-                exc.filename = os.fspath(self._path)
+            except BaseException as exc:
+                exc.add_note(f"while writing {self._path}")
                 if file.readable():
                     file.truncate(end)
                 raise
@@ -922,13 +927,14 @@ class _LogFile:
         # close it would drop this process's locks on it.
         name, stem = re.escape(self._path.name), re.escape(self._path.stem)
         is_ours = re.compile(rf"{name}$|(?!.*\.(db|sqlite\d?|lock)\b){stem}(?![a-zA-Z])").match
-        found, seen, before = set[str](), set[int](), -1
-        while before < len(seen):  # until a look finds no other file, as one may be renamed meanwhile
-            before = len(seen)
+        found, seen, looks = set[str](), set[int](), 0
+        while looks < 2:  # in a row that find no other file, as one may be renamed meanwhile
+            looks += 1
             for path in [path for path in self._path.parent.iterdir() if is_ours(path.name) and path.is_file()]:
                 with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
                     if (inode := os.fstat(file.fileno()).st_ino) not in seen:
                         seen.add(inode)
+                        looks = 0
                         found.update(line[_ID] for line in file if line[_ID] in ids and line.endswith("\n"))
                         if self._fsync and os.name == "posix":  # as who wrote them may have died before
                             os.fsync(file.fileno())

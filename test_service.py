@@ -9,6 +9,7 @@ import fcntl
 import functools
 import http.client
 import inspect
+import io
 import json
 import logging
 import math
@@ -1475,6 +1476,58 @@ async def test_what_is_found_in_the_log_is_synced_before_its_row_goes(left, log,
         await soon(lambda: rows(outbox) == 0)
         await settled(app)
     assert (renamed.stat().st_ino, 3) in synced
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError])
+async def test_a_write_that_fails_half_way_doubles_no_line_even_if_it_cannot_be_cut(log, outbox, monkeypatch, error):
+    steps = []
+
+    class Failing(io.FileIO):
+        def write(self, data):
+            if steps == ["torn"]:
+                steps.append("failed")
+                raise error("half way")
+            if steps or data.count(b"\n") == 1:
+                return super().write(data)
+            steps.append("torn")
+            return super().write(data[: data.index(b"\n") + 1])
+
+        def truncate(self, size):
+            if error is OSError:
+                raise OSError("cannot be cut")
+            return super().truncate(size)
+
+    async def nothing_is_pending():
+        return not (await health(app))["pending"]
+
+    monkeypatch.setattr(io, "FileIO", Failing)
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(10):
+                tasks.start_soon(post, app)
+        await soon(nothing_is_pending)
+    assert steps == ["torn", "failed"]
+    monkeypatch.undo()
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await settled(app)
+        await soon(lambda: len(ids(log)) >= 10)
+    assert len(set(ids(log))) == len(ids(log)) == 10
+
+
+async def test_a_log_that_is_renamed_while_it_is_searched_is_found(left, log, outbox, monkeypatch):
+    log.write_text("".join(A_LINE.format(id=id) + "\n" for id in left))
+    path_open = Path.open
+
+    def renames(path, *args, **options):
+        if path == log:
+            log.rename(f"{log}.1")
+        return path_open(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", renames)
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await settled(app)
+        await soon(lambda: not rows(outbox))
+    assert not log.exists()
 
 
 async def test_a_log_that_hangs_holds_up_no_start(tmp_path, log, outbox):
