@@ -71,6 +71,14 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] 
 }
 
 
+def _check(notify: object, **settings: object) -> None:
+    if notify is not None and not callable(notify):
+        raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
+    for name, (_, makes_sense, rule) in _SETTINGS.items():
+        if not makes_sense(settings[name]):
+            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
+
+
 def _environment() -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, (read, *_) in _SETTINGS.items():
@@ -419,7 +427,7 @@ class _Outbox:
         return entry
 
     async def probe(self) -> Exception | None:
-        """Why the outbox cannot be written, if so. What was put before is written before."""
+        """Why the outbox cannot be written, if so. What was put before it is written first."""
         nothing = _Entry("")
         await self.writer.run(nothing)
         return nothing.error
@@ -879,25 +887,16 @@ class _LogFile:
         if not data:
             return
         with _exclusive(self._outbox.log_lock):  # which keeps the lines of all its workers apart
-            file, end = self._open(), 0
-            if file.readable():
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - 1))
-                if file.read(1) not in (b"", b"\n"):  # a crash has torn the last line
-                    newline = -1
-                    while end and newline < 0:
-                        end = file.seek(max(0, end - 65536))
-                        newline = file.read(65536).rfind(b"\n")
-                    end += newline + 1
-                    file.truncate(end)
-                if not end:
-                    _sync_folder(self._path.parent)
+            file = self._open()
+            end = _cut_torn_line(file) if file.readable() else None
+            if end == 0:
+                _sync_folder(self._path.parent)
             try:
                 while data:
                     data = data[file.write(data) :]
             except BaseException as exc:
                 exc.add_note(f"while writing {self._path}")
-                if file.readable():
+                if end is not None:
                     file.truncate(end)
                 raise
 
@@ -941,6 +940,20 @@ class _LogFile:
         return found
 
 
+def _cut_torn_line(file: io.FileIO) -> int:
+    """Cut what a crash has left after the last whole line; where the file ends then."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    if file.read(1) not in (b"", b"\n"):
+        newline = -1
+        while end and newline < 0:
+            end = file.seek(max(0, end - 65536))
+            newline = file.read(65536).rfind(b"\n")
+        end += newline + 1
+        file.truncate(end)
+    return end
+
+
 # ----------------------------------------------------------------------------------------------------- the app
 
 
@@ -971,12 +984,7 @@ def create_app(
         TypeError: ``notify`` cannot be called.
         ValueError: Another setting makes no sense; names it, its value and the rule.
     """
-    settings = locals()
-    for name, (_, makes_sense, rule) in _SETTINGS.items():
-        if not makes_sense(settings[name]):
-            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
-    if notify is not None and not callable(notify):
-        raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
+    _check(**locals())
     box = _Outbox(outbox, max_pending, fsync)
     relay = _Relay(box, notify, _LogFile(log, fsync, box), delay, concurrency)
     api = _Api(box, relay, token)

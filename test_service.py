@@ -1387,6 +1387,25 @@ async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_
         assert await health(app) == counts()
 
 
+async def test_without_a_lifespan_the_next_request_finds_the_thread_that_could_not_be_had(log, monkeypatch):
+    start, failures = threading.Thread.start, []
+
+    def fails_once(thread):
+        if thread.name == "notify" and not failures:
+            failures.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fails_once)
+    app = create_app(log=log, outbox=":memory:")
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(post, app)
+            await soon(lambda: failures)
+            await post(app)
+    assert len(set(ids(log))) == len(ids(log)) == 2
+
+
 async def test_without_a_lifespan_one_request_sees_to_all_that_it_adopts_however_many(outbox):
     async with lifespan(create_app(raises, outbox=outbox)) as app, anyio.create_task_group() as tasks:
         for _ in range(520):
