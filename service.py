@@ -397,9 +397,10 @@ class _Outbox:
         self._path = self._folder / "outbox.db" if self._folder else Path(":memory:")
         self._wal = f"{self._path}-wal"
         self._pragmas = (
+            "page_size = 2048",  # bytes: most commits change a line or a few, and write whole pages
             "journal_mode = WAL",  # who reads does not wait for who writes
             f"synchronous = {'FULL' if fsync else 'NORMAL'}",  # FULL: a commit is on the disk
-            "wal_autocheckpoint = 128",  # pages: the WAL shall not fill a small disk; see adopt, too
+            "wal_autocheckpoint = 256",  # pages: the WAL shall not fill a small disk; see adopt, too
             "busy_timeout = 1",  # ms: _transaction tries again, and adopt at its next look
         )
         self._max_pending = max_pending
@@ -511,7 +512,8 @@ class _Outbox:
             with self._lock:
                 if self._db is None:
                     self._db = self._start()
-                elif self._folder and (self._path.stat().st_ino != self._inode or not os.path.exists(self._wal)):
+                # access, as who asks for the times of a file has its next write record the time anew, which costs I/O
+                elif self._folder and (self._path.stat().st_ino != self._inode or not os.access(self._wal, os.F_OK)):
                     raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
             remedy = "mend it, or move it away while no worker runs, or name another (NOTIFY_OUTBOX, outbox=)"
@@ -726,7 +728,8 @@ class _Relay:
         """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
         while not self._lifespans and time.monotonic() >= self._next_step and len(self._in_relay) < self._most_in_hand:
             async with anyio.create_task_group() as tasks:
-                await self._step(tasks)
+                await self._adopt()
+                self._step(tasks)
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -735,7 +738,8 @@ class _Relay:
         error = None
         async with anyio.create_task_group() as tasks, anyio.create_task_group() as clock:
             self._lifespans.add(clock)
-            clock.start_soon(self._run, tasks)
+            clock.start_soon(self._keep_adopting, tasks)
+            clock.start_soon(self._keep_delivering, tasks)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
@@ -755,29 +759,37 @@ class _Relay:
         if error:
             raise error
 
-    async def _run(self, tasks: TaskGroup) -> None:
+    async def _keep_adopting(self, tasks: TaskGroup) -> None:
         while True:
-            await self._step(tasks)
-            await anyio.sleep(_POLL if self._outbox.pending else 1)
+            await self._adopt()
+            self._step(tasks)
+            await anyio.sleep(_LOOK)
 
-    async def _step(self, tasks: TaskGroup) -> None:
-        """Adopt what the dead left, and start to deliver what is due."""
-        self._next_step = time.monotonic() + _POLL
+    async def _keep_delivering(self, tasks: TaskGroup) -> None:
+        while True:
+            await anyio.sleep(_POLL if self._outbox.pending else 1)
+            self._step(tasks)
+
+    async def _adopt(self) -> None:
+        """Take over what the dead left; beside what is due, as it may take long to search the log."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK
+        try:
+            await _in_thread(self._outbox.adopt, self._find_delivered)
+        except Exception as exc:
+            self._warn("what is left in the outbox has to wait", exc)
+
+    def _step(self, tasks: TaskGroup) -> None:
+        """Start to deliver what is due."""
         self._outbox.writer.wake_if_waiting()
         self._group.wake_if_waiting()
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + _LOOK
-            try:
-                await _in_thread(self._outbox.adopt, self._find_delivered)
-            except Exception as exc:
-                self._warn("what is left in the outbox has to wait", exc)
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
         room = max(0, self._most_in_hand - len(self._in_relay))
         for entry in due[:room]:
             tasks.start_soon(self._attempt, entry, self._in_relay)
-        if len(due) > room:
-            self._next_step = now  # so that catch_up goes on
+        self._next_step = now if len(due) > room else now + _POLL  # now: so that catch_up goes on
 
     async def _attempt(self, entry: _Entry, in_hand: set[_Entry], delay: float = 0.0) -> None:
         """Deliver the entry, unless somebody has it in hand."""

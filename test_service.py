@@ -1549,6 +1549,32 @@ async def test_a_log_that_is_renamed_while_it_is_searched_is_found(left, log, ou
     assert not log.exists()
 
 
+async def test_retries_go_on_while_the_log_is_searched(left, log, outbox, monkeypatch):
+    before = log.with_name("log.txt.1")
+    before.touch()
+    searching, found = threading.Event(), threading.Event()
+    path_open = Path.open
+
+    def waits(path, *args, **options):
+        if path == before:
+            searching.set()
+            found.wait()
+        return path_open(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", waits)
+    log.mkdir()
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        try:
+            await soon(searching.is_set)
+            failed = (await post(app)).json()["id"]
+            log.rmdir()
+            await soon(lambda: ids(log) == [failed])
+        finally:
+            found.set()
+        await soon(lambda: len(ids(log)) >= 4)
+    assert sorted(ids(log)) == sorted([failed, *left])
+
+
 async def test_a_log_that_hangs_holds_up_no_start(tmp_path, log, outbox):
     """Whoever appends holds the lock of the log."""
     os.mkfifo(log)
