@@ -294,27 +294,25 @@ class _Group:
             loop, event = anyio.lowlevel.current_token().native_token, anyio.Event  # trio's
             at_end_of_turn = call_soon = loop.run_sync_soon
         with self._changed:
-            if loop not in self._rounds or self._max_threads or not self._threads:  # or none could be had before
+            if loop not in self._rounds or self._max_threads:
                 self._rounds[loop] = event()
                 at_end_of_turn(self.wake)
             done = self._rounds[loop]
             self._entries.append((entry, done, call_soon))
+        while not (self._threads or self.wake()):  # as none can be had now
+            await anyio.sleep(_LINGER)
         await done.wait()
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         """Have a thread look for entries, and if there are none, for what was put off; from any thread."""
         with self._changed:
             self._woken = True
             self._changed.notify()
             if self._threads < max(1, self._max_threads):
-                with suppress(RuntimeError):  # no thread can be had: see wake_if_waiting
+                with suppress(RuntimeError):
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
                     self._threads += 1
-
-    def wake_if_waiting(self) -> None:
-        """Have the thread that could not be had before."""
-        if self._entries:
-            self.wake()
+            return self._threads > 0
 
     def _work(self) -> None:
         while (taken := self._next_round()) is not None:
@@ -774,16 +772,16 @@ class _Relay:
         """Take over what the dead left; beside what is due, as it may take long to search the log."""
         if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + _LOOK
+        self._next_look = math.inf
         try:
             await _in_thread(self._outbox.adopt, self._find_delivered)
         except Exception as exc:
             self._warn("what is left in the outbox has to wait", exc)
+        finally:
+            self._next_look = time.monotonic() + _LOOK
 
     def _step(self, tasks: TaskGroup) -> None:
         """Start to deliver what is due."""
-        self._outbox.writer.wake_if_waiting()
-        self._group.wake_if_waiting()
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
         room = max(0, self._most_in_hand - len(self._in_relay))
@@ -836,7 +834,8 @@ class _Relay:
             self._outbox.settle(new)
             self._unsynced += new
         if new == entries and time.monotonic() < self._synced + _LINGER:
-            return self._group.wake()  # to sync later: with the next lines, or when none come
+            self._group.wake()
+            return  # to sync later: with the next lines, or when none come
         unsynced, self._unsynced, self._synced = self._unsynced, [], time.monotonic()
         try:
             self._file.sync()

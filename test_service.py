@@ -1387,25 +1387,6 @@ async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_
         assert await health(app) == counts()
 
 
-async def test_without_a_lifespan_the_next_request_finds_the_thread_that_could_not_be_had(log, monkeypatch):
-    start, failures = threading.Thread.start, []
-
-    def fails_once(thread):
-        if thread.name == "notify" and not failures:
-            failures.append(thread)
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", fails_once)
-    app = create_app(log=log, outbox=":memory:")
-    with anyio.fail_after(20):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(post, app)
-            await soon(lambda: failures)
-            await post(app)
-    assert len(set(ids(log))) == len(ids(log)) == 2
-
-
 async def test_without_a_lifespan_one_request_sees_to_all_that_it_adopts_however_many(outbox):
     async with lifespan(create_app(raises, outbox=outbox)) as app, anyio.create_task_group() as tasks:
         for _ in range(520):
@@ -1549,30 +1530,35 @@ async def test_a_log_that_is_renamed_while_it_is_searched_is_found(left, log, ou
     assert not log.exists()
 
 
-async def test_retries_go_on_while_the_log_is_searched(left, log, outbox, monkeypatch):
+@pytest.mark.parametrize("served", [True, False])
+async def test_retries_and_answers_go_on_while_the_log_is_searched(left, log, outbox, monkeypatch, served):
     before = log.with_name("log.txt.1")
     before.touch()
-    searching, found = threading.Event(), threading.Event()
+    searching, searched, outcomes = threading.Event(), threading.Event(), []
     path_open = Path.open
 
     def waits(path, *args, **options):
         if path == before:
             searching.set()
-            found.wait()
+            outcomes.append(searched.wait(20))
         return path_open(path, *args, **options)
 
     monkeypatch.setattr(Path, "open", waits)
     log.mkdir()
-    async with lifespan(create_app(log=log, outbox=outbox)) as app:
-        try:
-            await soon(searching.is_set)
-            failed = (await post(app)).json()["id"]
-            log.rmdir()
-            await soon(lambda: ids(log) == [failed])
-        finally:
-            found.set()
+    app = create_app(log=log, outbox=outbox)
+    async with lifespan(app) if served else nullcontext(), anyio.create_task_group() as tasks:
+        tasks.start_soon(health, app)
+        await soon(searching.is_set)
+        failed = (await post(app)).json()["id"]
+        log.rmdir()
+        if not served:
+            await anyio.sleep(2.1)  # until it would look for the dead again
+            await health(app)
+        await soon(lambda: ids(log) == [failed])
+        searched.set()
         await soon(lambda: len(ids(log)) >= 4)
     assert sorted(ids(log)) == sorted([failed, *left])
+    assert all(outcomes)  # nothing waited for the search
 
 
 async def test_a_log_that_hangs_holds_up_no_start(tmp_path, log, outbox):
@@ -1608,23 +1594,23 @@ async def test_logging_that_raises_stops_no_delivery(log, outbox, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["def", "log"])
-async def test_when_no_thread_could_be_had_the_relay_tries_again(log, sent, monkeypatch, kind):
+async def test_a_thread_that_cannot_be_had_is_asked_for_again(log, sent, monkeypatch, kind):
     """As when the limit of processes is reached: for the outbox, and then for the notifier."""
-    start, failures = threading.Thread.start, []
+    start, asked = threading.Thread.start, []
 
-    def fails_twice_in_turn(thread):
-        if thread.name == "notify" and len(failures) < 4:
-            failures.append(thread)
-            if len(failures) != 2:
+    def fails_three_times_of_four(thread):
+        if thread.name == "notify":
+            asked.append(thread)
+            if len(asked) % 4:
                 raise RuntimeError("can't start new thread")
         start(thread)
 
+    monkeypatch.setattr(threading.Thread, "start", fails_three_times_of_four)
     app = create_app(notifier(kind, sent), log=log, outbox=":memory:")
-    async with lifespan(app):
-        monkeypatch.setattr(threading.Thread, "start", fails_twice_in_turn)
+    with anyio.fail_after(20):
         answer = await post(app)
-        await settled(app)
     assert [n.id for n in sent or read(log)] == [answer.json()["id"]]
+    assert len(asked) >= 8
 
 
 @pytest.mark.parametrize("max_pending", [2, 1000], ids=["full", ""])
