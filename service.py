@@ -265,10 +265,10 @@ _OPENAPI: dict[str, Any] = {
 # notification, but one for all that gathered. Nothing belongs to one event loop, as one app may serve several.
 #
 # Plan: `run` adds the entry to a list, and waits for an event that it shares with all who wait on the same loop. When
-# the loop has done its turn, a thread takes the list, handles it, and has each loop set its event. What comes
-# meanwhile gathers for the next round, so that rounds grow with the load. A thread to which nothing has come for a
-# while ends; one that is woken while nothing is there handles an empty list first, which is the time for what was put
-# off. An entry is handled even if the one who waited for it was cancelled.
+# the loop has done its next turn, with what had come to it by then, a thread takes the list, handles it, and has each
+# loop set its event. What comes meanwhile gathers for the next round, so that rounds grow with the load. A thread to
+# which nothing has come for a while ends; one that is woken while nothing is there handles an empty list first, which
+# is the time for what was put off. An entry is handled even if the one who waited for it was cancelled.
 
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
 
@@ -296,7 +296,7 @@ class _Group:
         with self._changed:
             if loop not in self._rounds or self._max_threads:
                 self._rounds[loop] = event()
-                at_end_of_turn(self.wake)
+                at_end_of_turn(at_end_of_turn, self.wake)
             done = self._rounds[loop]
             self._entries.append((entry, done, call_soon))
         while not (self._threads or self.wake()):  # as none can be had now
