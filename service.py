@@ -296,7 +296,8 @@ class _Group:
         with self._changed:
             if loop not in self._rounds or self._max_threads:
                 self._rounds[loop] = event()
-                at_end_of_turn(at_end_of_turn, self.wake)
+                if self._threads:
+                    at_end_of_turn(at_end_of_turn, self.wake)
             done = self._rounds[loop]
             self._entries.append((entry, done, call_soon))
         while not (self._threads or self.wake()):  # as none can be had now
@@ -313,6 +314,11 @@ class _Group:
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
                     self._threads += 1
             return self._threads > 0
+
+    def wake_if_waiting(self) -> None:
+        """Have the threads that could not be had before."""
+        if self._entries:
+            self.wake()
 
     def _work(self) -> None:
         while (taken := self._next_round()) is not None:
@@ -411,7 +417,7 @@ class _Outbox:
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
-        self._taking, self._adopting = threading.Lock(), threading.Lock()
+        self._taking, self.adopting = threading.Lock(), threading.Lock()
         weakref.finalize(self, self._opened.close).atexit = False  # as something may be under way then
 
     async def accept(self, email: str, message: str, key: str | None) -> _Entry:
@@ -510,8 +516,7 @@ class _Outbox:
             with self._lock:
                 if self._db is None:
                     self._db = self._start()
-                # access, as who asks for the times of a file has its next write record the time anew, which costs I/O
-                elif self._folder and (self._path.stat().st_ino != self._inode or not os.access(self._wal, os.F_OK)):
+                elif self._folder and (self._path.stat().st_ino != self._inode or not _exists(self._wal)):
                     raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
             remedy = "mend it, or move it away while no worker runs, or name another (NOTIFY_OUTBOX, outbox=)"
@@ -546,7 +551,7 @@ class _Outbox:
 
         Does nothing while something is in hand or undeleted: the outbox then stays open until the process ends.
         """
-        with self._adopting, self._lock, _locked(self._in_folder("outbox.lock")):  # nobody shall start meanwhile
+        with self.adopting, self._lock, _locked(self._in_folder("outbox.lock")):  # nobody shall start meanwhile
             with self._taking:
                 if not self._folder or self._undeleted or len(self.waiting) < len(self.pending):
                     return
@@ -556,7 +561,7 @@ class _Outbox:
 
     def adopt(self, find_delivered: _Search) -> None:
         """Take over what the dead left; waits for the disk, and as long as it takes to search the log."""
-        with self._adopting:
+        with self.adopting:
             self.open()
             if self._undeleted:
                 self.writer.wake()  # so that it tries again
@@ -678,6 +683,11 @@ def _is_wal_header(header: bytes) -> bool:
     return header[:3] == b"\x37\x7f\x06" and header[24:] == struct.pack(">II", a, b)
 
 
+def _exists(path: str) -> bool:
+    """Asks for no times, as a stat has the next write record the time anew, which costs I/O at each commit."""
+    return os.access(path, os.F_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
 def _sync_folder(folder: Path) -> None:
     """Have the names of new files on the disk, where a folder can be opened."""
     with suppress(OSError), ExitStack() as opened:
@@ -770,18 +780,18 @@ class _Relay:
 
     async def _adopt(self) -> None:
         """Take over what the dead left; beside what is due, as it may take long to search the log."""
-        if time.monotonic() < self._next_look:
+        if time.monotonic() < self._next_look or self._outbox.adopting.locked():
             return
-        self._next_look = math.inf
+        self._next_look = time.monotonic() + _LOOK
         try:
             await _in_thread(self._outbox.adopt, self._find_delivered)
         except Exception as exc:
             self._warn("what is left in the outbox has to wait", exc)
-        finally:
-            self._next_look = time.monotonic() + _LOOK
 
     def _step(self, tasks: TaskGroup) -> None:
         """Start to deliver what is due."""
+        self._outbox.writer.wake_if_waiting()
+        self._group.wake_if_waiting()
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
         room = max(0, self._most_in_hand - len(self._in_relay))

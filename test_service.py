@@ -1613,6 +1613,35 @@ async def test_a_thread_that_cannot_be_had_is_asked_for_again(log, sent, monkeyp
     assert len(asked) >= 8
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["", "though another is busy"])
+async def test_a_thread_that_cannot_be_had_is_asked_for_again_when_its_caller_is_gone(monkeypatch, busy):
+    start, refused, refusing = threading.Thread.start, [], False
+
+    def may_start(thread):
+        if thread.name == "notify" and refusing:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def send(message):
+        nonlocal refusing
+        refusing = message["type"] == "http.response.body"
+
+    monkeypatch.setattr(threading.Thread, "start", may_start)
+    gate = Gate()
+    async with lifespan(create_app(gate, outbox=":memory:")) as app, anyio.create_task_group() as tasks:
+        if busy:
+            tasks.start_soon(post, app)
+            await soon(lambda: gate.came)
+        async with anyio.create_task_group() as caller:
+            caller.start_soon(drive, app, send)
+            await soon(lambda: refused)
+            caller.cancel_scope.cancel()
+        refusing = False
+        await soon(lambda: len(gate.came) == 1 + busy, within=10)  # the gate holds a thread for longer
+        gate.open()
+
+
 @pytest.mark.parametrize("max_pending", [2, 1000], ids=["full", ""])
 async def test_without_a_lifespan_the_next_traffic_retries_and_so_it_heals(log, outbox, max_pending):
     log.mkdir()
