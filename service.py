@@ -775,7 +775,7 @@ class _Relay:
 
     async def _keep_delivering(self, tasks: TaskGroup) -> None:
         while True:
-            await anyio.sleep(_POLL if self._outbox.pending else 1)
+            await anyio.sleep(_POLL if self._outbox.pending else 5 * _POLL)
             self._step(tasks)
 
     async def _adopt(self) -> None:
