@@ -774,9 +774,11 @@ class _Relay:
             await anyio.sleep(_LOOK)
 
     async def _keep_delivering(self, tasks: TaskGroup) -> None:
+        pause = _POLL
         while True:
-            await anyio.sleep(_POLL if self._outbox.pending else 5 * _POLL)
+            await anyio.sleep(pause)
             self._step(tasks)
+            pause = _POLL if self._outbox.pending else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
         """Take over what the dead left; beside what is due, as it may take long to search the log."""
