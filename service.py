@@ -305,7 +305,7 @@ class _Group:
         await done.wait()
 
     def wake(self) -> bool:
-        """Have a thread look for entries, and if there are none, for what was put off; from any thread."""
+        """Have a thread look for entries, and if there are none, for what was put off; False: none can be had."""
         with self._changed:
             self._woken = True
             self._changed.notify()
