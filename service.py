@@ -374,9 +374,8 @@ _PROBE = "PRAGMA user_version = 1"  # writes a page
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
+_LATE = 2.0  # seconds after which a request's task is taken for lost
 _MOST_ADOPTED = 20_000  # notifications that were taken over and not yet tried; past it, the others have to wait
-
-_Search = Callable[[set[str]], set[str]]  # of ids, those whose line is in the log
 
 
 @dataclass(slots=True, eq=False)
@@ -387,7 +386,7 @@ class _Entry:
     key: str | None = None
     digest: str = ""  # of what came with the key
     seq: int = 0  # in the outbox; 0: it is not there
-    id: str = ""  # its own, or that of the one that came before with its key; "": it is not kept
+    id: str = ""  # for the 202: its own, or that of an earlier one with its key; "": there is no 202
     error: Exception | None = None
     since: float | None = None  # when it failed first, on the monotonic clock
     due: float = 0.0  # when it is the relay's to deliver; infinity: it is set aside
@@ -399,7 +398,6 @@ class _Outbox:
     def __init__(self, folder: str | Path, max_pending: int, fsync: bool) -> None:
         self._folder = None if str(folder) == ":memory:" else Path(folder).absolute()
         self._path = self._folder / "outbox.db" if self._folder else Path(":memory:")
-        self._wal = f"{self._path}-wal"
         self._pragmas = (
             "page_size = 2048",  # bytes: most commits change a line or a few, and write whole pages
             "journal_mode = WAL",  # who reads does not wait for who writes
@@ -417,7 +415,7 @@ class _Outbox:
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
-        self._taking, self.adopting = threading.Lock(), threading.Lock()
+        self._taking, self.adopting = threading.Lock(), threading.Lock()  # by who does; close needs all three
         weakref.finalize(self, self._opened.close).atexit = False  # as something may be under way then
 
     async def accept(self, email: str, message: str, key: str | None) -> _Entry:
@@ -469,18 +467,18 @@ class _Outbox:
             self._warn("the outbox cannot be written, and answers are 503", exc)
 
     def _commit(self, new: list[_Entry]) -> None:
-        delivered = self._undeleted.copy()
-        if not new and not delivered:
+        undeleted = self._undeleted.copy()
+        if not new and not undeleted:
             return
         with _transaction(self.open()) as db:
-            if delivered:
-                db.execute(_DELETE, (json.dumps(delivered),))
+            if undeleted:
+                db.execute(_DELETE, (json.dumps(undeleted),))
             fresh = self._sort_out(db, [entry for entry in new if entry.line])
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
-            if new and not fresh and not delivered:  # who asks whether it can be written has to know
+            if not fresh and not undeleted:  # who asks whether it can be written has to know
                 db.execute(_PROBE)
-        del self._undeleted[: len(delivered)]
+        del self._undeleted[: len(undeleted)]
         late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
             entry.seq, entry.id, entry.due = seq, entry.line[_ID], late
@@ -507,6 +505,7 @@ class _Outbox:
                 if entry.key:
                     keys[entry.key] = entry.line[_ID], digest
         if kept := {entry.key: (entry.line[_ID], entry.digest) for entry in fresh if entry.key}:
+            db.execute(_FORGET_KEYS, (time.time() - _DAY,))  # here too, as nobody adopts in memory
             db.execute(_KEEP_KEYS, (time.time(), json.dumps(kept)))
         return fresh
 
@@ -516,7 +515,7 @@ class _Outbox:
             with self._lock:
                 if self._db is None:
                     self._db = self._start()
-                elif self._folder and (self._path.stat().st_ino != self._inode or not _exists(self._wal)):
+                elif self._folder and (self._path.stat().st_ino != self._inode or not _exists(f"{self._path}-wal")):
                     raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
             remedy = "mend it, or move it away while no worker runs, or name another (NOTIFY_OUTBOX, outbox=)"
@@ -534,7 +533,7 @@ class _Outbox:
             is_new = not self._folder or _is_new(self._path)
             if is_new and self._folder:
                 self._path.touch(0o600)  # for nobody else, from the first moment
-            db, self._adopter = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
+            db, self._adopt_db = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
             if is_new:
                 db.executescript(_SCHEMA)
             self._inode = self._path.stat().st_ino if self._folder else 0
@@ -559,7 +558,7 @@ class _Outbox:
             self._opened.close()
             self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
 
-    def adopt(self, find_delivered: _Search) -> None:
+    def adopt(self, find_delivered: Callable[[set[str]], set[str]]) -> None:
         """Take over what the dead left; waits for the disk, and as long as it takes to search the log."""
         with self.adopting:
             self.open()
@@ -569,9 +568,9 @@ class _Outbox:
                 return
             dead = self._find_dead()
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
-                self._adopter.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._claim(dead)
-                self._adopter.execute(_FORGET_KEYS, (time.time() - _DAY,))
+                self._adopt_db.execute(_FORGET_KEYS, (time.time() - _DAY,))
             if not self._unsearched:
                 return
             log.info("looking in the log for %d notifications that the dead left", len(self._unsearched))
@@ -585,7 +584,7 @@ class _Outbox:
 
     def _find_dead(self) -> list[str]:
         """The workers whose lock nobody holds. No name is used twice: they stay dead, and their locks can go."""
-        workers = {worker for (worker,) in self._adopter.execute(_OWNERS)}
+        workers = {worker for (worker,) in self._adopt_db.execute(_OWNERS)}
         workers |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
         dead: list[str] = []
         workers.discard(self._worker)
@@ -604,7 +603,7 @@ class _Outbox:
         """Make ours what the dead left; few in one transaction, as other workers' commits wait for its end."""
         untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
         while dead and untried + len(self._unsearched) < _MOST_ADOPTED:
-            with _transaction(self._adopter) as db:
+            with _transaction(self._adopt_db) as db:
                 rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
             self._unsearched += [_Entry(line, seq=seq) for line, seq in rows]
             if not rows:
@@ -698,7 +697,6 @@ def _sync_folder(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- relay
 
-_LATE = 2.0  # seconds after which a request's task is taken for lost
 _LOOK = 2.0  # seconds between two looks for what the dead left
 _POLL = 0.05  # seconds between two looks for what is due
 _DRAIN, _FLUSH = 10.0, 2.0  # seconds at the end for what the relay has in hand, and for the last writes
@@ -714,14 +712,14 @@ class _Relay:
         self._is_async = own and BackgroundTask(notify).is_async
         self._group = _Group(self._call, threads) if own else _Group(self._append)
         self._wait_initial, self._wait_max, self._patience = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
-        self._find_delivered: _Search = (lambda ids: set()) if own else file.find  # one's own is told by the id
+        self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own is told by the id
         self._warn = _Warnings(50 if own else 1)
         self._lifespans: set[TaskGroup] = set()  # of each that runs, its clock
         self._in_requests: set[_Entry] = set()  # what requests' tasks have in hand
         self._in_relay: set[_Entry] = set()  # what the relay's have
         self._most_in_hand = max(_IN_HAND, threads)  # that each of the two may have
         self._unsynced: list[_Entry] = []  # to the log, but perhaps not to the disk
-        self._synced = self._next_step = self._next_look = 0.0  # on the monotonic clock
+        self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
@@ -733,7 +731,7 @@ class _Relay:
             await self.catch_up()
 
     async def catch_up(self) -> None:
-        """With no lifespan, do with the traffic what needs a clock: the background task of the other answers."""
+        """With no lifespan, do what needs a clock after every answer, but for the OpenAPI document."""
         while not self._lifespans and time.monotonic() >= self._next_step and len(self._in_relay) < self._most_in_hand:
             async with anyio.create_task_group() as tasks:
                 await self._adopt()
@@ -841,28 +839,28 @@ class _Relay:
         try:
             self._file.append([entry.line for entry in new])
         except BaseException as exc:
-            self._fail(new, exc, patience=0 if exc.__context__ else math.inf)  # 0: the next start searches the log
+            self._fail(new, exc, set_aside=exc.__context__ is not None)  # as some lines may have stayed
         else:
             self._outbox.settle(new)
             self._unsynced += new
-        if new == entries and time.monotonic() < self._synced + _LINGER:
+        if new == entries and time.monotonic() < self._last_sync + _LINGER:
             self._group.wake()
             return  # to sync later: with the next lines, or when none come
-        unsynced, self._unsynced, self._synced = self._unsynced, [], time.monotonic()
+        unsynced, self._unsynced, self._last_sync = self._unsynced, [], time.monotonic()
         try:
             self._file.sync()
         except OSError as exc:  # to sync again would prove nothing
-            self._fail(unsynced, exc, patience=0)
+            self._fail(unsynced, exc, set_aside=True)
         else:
             self._outbox.delete(unsynced)
 
-    def _fail(self, entries: list[_Entry], error: BaseException, patience: float = math.inf) -> None:
-        """Have the entries wait as long as they have failed so far, so that pauses double."""
+    def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
+        """Have the entries wait as long as they have failed so far, so that pauses double; or for the next start."""
         now = time.monotonic()
         for entry in entries:
             is_first, entry.since = entry.since is None, entry.since or now
             pause = min(self._wait_max, self._wait_initial + now - entry.since) * random.uniform(0.75, 1)
-            entry.due = now + pause if now - entry.since < min(patience, self._patience) else math.inf
+            entry.due = math.inf if set_aside or now - entry.since >= self._patience else now + pause
             self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry  # again, if it was settled
             if is_first or entry.due == math.inf:
                 fate = "waits for the next start" if entry.due == math.inf else "is tried again"

@@ -144,6 +144,7 @@ class Subject:
     env: dict[str, str] = field(default_factory=dict)
     ours: bool = False
     broker: bool = False
+    access_log: bool = False  # uvicorn's, which it has by default
 
 
 _LIMIT = Subject("Starlette, nothing to do", _NOTHING)
@@ -157,6 +158,8 @@ _SUBJECTS = {
     "celery": Subject("Celery on Redis", _CELERY, broker=True),
     "ours": _OURS,
     "nofsync": _NO_FSYNC,
+    "limit-logged": Subject("Starlette, nothing to do, access log", _NOTHING, access_log=True),
+    "ours-logged": Subject("this service, access log", ours=True, access_log=True),
 }
 _NOTE = """
 Rounds: {rounds}, of {seconds} s; medians. 32 connections, one worker on one core; memory is the peak, CPU the server's.
@@ -482,8 +485,9 @@ def _serve(subject: Subject, folder: Path, core: str = "0", workers: int = 1) ->
     module = "service" if subject.source is None else "app"
     port = _free_port()
     command = ["taskset", "-c", core, sys.executable, "-m", "uvicorn", f"{module}:app", "--port", str(port)]
-    command += ["--workers", str(workers), "--no-access-log", "--log-level", "warning"]
-    command += ["--loop", "uvloop", "--http", "httptools"]
+    command += ["--workers", str(workers), "--loop", "uvloop", "--http", "httptools"]
+    if not subject.access_log:
+        command += ["--no-access-log", "--log-level", "warning"]
     env = os.environ | subject.env | {"PYTHONPATH": str(folder.parent)}  # where main() put service.py
     broker: AbstractContextManager[str] = _redis(folder) if subject.broker else nullcontext("")
     with broker as env["BROKER"], _process(command, folder, env) as process:
@@ -492,7 +496,7 @@ def _serve(subject: Subject, folder: Path, core: str = "0", workers: int = 1) ->
             yield Server(process.pid, port, folder)
         except _FAILURES as exc:
             raise BenchmarkError(f"{subject.name}: {exc}") from exc
-    if subject.ours and (said := (folder / "output").read_text()):
+    if subject.ours and not subject.access_log and (said := (folder / "output").read_text()):
         _tell(f"{subject.name} said: {said[:1000]}")
 
 
