@@ -236,6 +236,7 @@ _ANYWHERE = _answers(_DETAILS, detail=_TEXT)
 _STATE = _answers({200: "They can be kept.", 503: "They cannot."}, status=_TEXT, pending=_COUNT, failed=_COUNT)
 _HEALTH = {"summary": "Whether notifications can be kept, and how many wait.", "responses": _ANYWHERE | _STATE}
 _DOCUMENT = _answers({200: "OpenAPI 3.1."}, openapi=_TEXT, info={}, paths={}, components={}, servers={})
+_SELF = {"summary": "This document.", "responses": _ANYWHERE | _DOCUMENT}
 _CONTENT = {"message": _TEXT | {"maxLength": 10_000, "default": _MESSAGE}}
 _BODY = {"type": "object", "properties": _CONTENT, "additionalProperties": False}
 _SEND = {
@@ -254,7 +255,7 @@ _OPENAPI: dict[str, Any] = {
     "paths": {
         "/send-notification/{email}": {"post": _SEND},
         "/health": {"get": _HEALTH, "head": _HEALTH},
-        "/openapi.json": {"get": {"summary": "This document.", "responses": _ANYWHERE | _DOCUMENT}},
+        "/openapi.json": {"get": _SELF, "head": _SELF},
     },
     "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
 }
@@ -345,6 +346,7 @@ class _Group:
 # ------------------------------------------------------------------------------------------------------ outbox
 
 _APPLICATION_ID = 0x6E6F7466
+_PROBE = "INSERT OR REPLACE INTO probe (rowid, filler) VALUES (1, randomblob(16384))"
 _SCHEMA = f"""
 BEGIN;
 CREATE TABLE pending (     -- what is accepted and not delivered
@@ -354,6 +356,8 @@ CREATE TABLE pending (     -- what is accepted and not delivered
 );
 CREATE TABLE keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX keys_at ON keys (at);
+CREATE TABLE probe (filler BLOB);  -- what is written to see whether it can be
+{_PROBE};
 PRAGMA application_id = {_APPLICATION_ID};
 COMMIT;
 PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
@@ -370,7 +374,6 @@ UPDATE pending SET worker = ? WHERE seq IN (
 _FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 10000)"
 _KEEP_KEYS = "INSERT OR REPLACE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
 _FIND_KEYS = "SELECT key, id, digest FROM keys WHERE at >= ? AND key IN (SELECT value FROM json_each(?))"
-_PROBE = "PRAGMA user_version = 1"  # writes a page
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
@@ -458,31 +461,38 @@ class _Outbox:
         self.writer.wake()
 
     def _write(self, new: list[_Entry]) -> None:
-        try:
-            with self._lock:
+        with self._lock:
+            try:
                 self._commit(new)
-        except Exception as exc:  # whatever it is, there is no id, and so no 202
-            for entry in new:
-                entry.id, entry.error = "", exc
-            self._warn("the outbox cannot be written, and answers are 503", exc)
+            except Exception as exc:  # whatever it is, there is no id, and so no 202
+                for entry in new:
+                    entry.id, entry.error = "", exc
+                self._warn("the outbox cannot be written, and answers are 503", exc)
+                if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
+                    with suppress(Exception), _transaction(self.open()) as db:
+                        db.execute(_PROBE)  # over the commit, which the next start would take for whole
 
     def _commit(self, new: list[_Entry]) -> None:
         undeleted = self._undeleted.copy()
         if not new and not undeleted:
             return
+        lines = [entry for entry in new if entry.line]
         with _transaction(self.open()) as db:
             if undeleted:
                 db.execute(_DELETE, (json.dumps(undeleted),))
-            fresh = self._sort_out(db, [entry for entry in new if entry.line])
+            fresh = self._sort_out(db, lines)
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
-            if not fresh and not undeleted:  # who asks whether it can be written has to know
+            if len(lines) < len(new):  # somebody asks whether it can be written
                 db.execute(_PROBE)
         del self._undeleted[: len(undeleted)]
         late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
             entry.seq, entry.id, entry.due = seq, entry.line[_ID], late
             self.pending[seq] = self.waiting[seq] = entry
+        if len(lines) < len(new):
+            with suppress(sqlite3.Error):
+                db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
 
     def _sort_out(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
@@ -943,14 +953,10 @@ class _LogFile:
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
-        # Such as log.txt.1 and log-2026.txt, not logins.txt; and never a database or a lock, of ours or another's: to
-        # close it would drop this process's locks on it.
-        name, stem = re.escape(self._path.name), re.escape(self._path.stem)
-        is_ours = re.compile(rf"{name}$|(?!.*\.(db|sqlite\d?|lock)\b){stem}(?![a-zA-Z])").match
         found, seen, looks = set[str](), set[int](), 0
         while looks < 2:  # in a row that find no other file, as one may be renamed meanwhile
             looks += 1
-            for path in [path for path in self._path.parent.iterdir() if is_ours(path.name) and path.is_file()]:
+            for path in _named_like(self._path) + _named_like(self._path.resolve()):  # as it may be a link
                 with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
                     if (inode := os.fstat(file.fileno()).st_ino) not in seen:
                         seen.add(inode)
@@ -959,6 +965,16 @@ class _LogFile:
                         if self._fsync and os.name == "posix":  # as who wrote them may have died before
                             os.fsync(file.fileno())
         return found
+
+
+def _named_like(log: Path) -> list[Path]:
+    """Files such as log.txt, log.txt.1 and log-2026.txt, not logins.txt.
+
+    And never a database or a lock, of ours or another's: to close it would drop this process's locks on it.
+    """
+    name, stem, other = re.escape(log.name), re.escape(log.stem), r".*\.(db|sqlite\d?|lock)\b"
+    is_like = re.compile(rf"({name}(?!{other})|(?!{other}){stem})(?![a-zA-Z])").match
+    return [path for path in log.parent.iterdir() if is_like(path.name) and path.is_file()]
 
 
 def _cut_torn_line(file: io.FileIO) -> int:

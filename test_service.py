@@ -538,7 +538,7 @@ ERRORS = {
     "422 address": (422, "POST", "/send-notification/user", TOKEN, b""),
     "422 body": (422, "POST", PATH, TOKEN | JSON, b'{"message": 1}'),
 }
-ALLOWED = {"/health": {"GET", "HEAD"}, "/openapi.json": {"GET"}, PATH: {"POST"}}
+ALLOWED = {"/health": {"GET", "HEAD"}, "/openapi.json": {"GET", "HEAD"}, PATH: {"POST"}}
 
 
 @pytest.mark.filterwarnings("ignore:Async generator '(httpx|test_service):ResourceWarning")  # a body unread, on trio
@@ -720,6 +720,7 @@ async def test_the_document_tells_every_route_body_header_and_answer(document):
         "get /health": {"200", "404", "405", "503", "500"},
         "head /health": {"200", "404", "405", "503", "500"},
         "get /openapi.json": {"200", "404", "405", "500"},
+        "head /openapi.json": {"200", "404", "405", "500"},
     }
     assert not sending["requestBody"].get("required", False)
     schema = sending["requestBody"]["content"]["application/json"]["schema"]
@@ -1100,9 +1101,25 @@ async def test_what_was_adopted_and_not_begun_is_anothers_when_the_lifespan_is_o
     assert len(sent) == 3 * 2**8 - 500
 
 
-@cases("file, end", {"": ("log.txt", "one\n"), "renamed": ("log.txt.1", "one\n"), "torn": ("log.txt", "on")})
-async def test_a_line_written_before_the_crash_is_not_written_again_unless_it_is_torn(left, log, outbox, file, end):
-    before = log.with_name(file)
+BEFORE_A_CRASH = {
+    "in the log": ("log.txt", "log.txt", "one\n"),
+    "torn": ("log.txt", "log.txt", "on"),
+    "renamed": ("log.txt", "log.txt.1", "one\n"),
+    "renamed within": ("log.txt", "log-2026.txt", "one\n"),
+    "renamed like a database": ("app.db.log", "app.db.log.1", "one\n"),
+    "renamed like a lock": ("log.lock", "log.lock.1", "one\n"),
+    "renamed behind a link": ("log.txt", "linked/real.log.1", "one\n"),
+}
+
+
+@cases("name, before, end", BEFORE_A_CRASH)
+async def test_a_line_written_before_the_crash_is_not_written_again_unless_it_is_torn(
+    left, tmp_path, outbox, name, before, end
+):
+    log, before = tmp_path / name, tmp_path / before
+    if before.parent != tmp_path:
+        before.parent.mkdir()
+        log.symlink_to(before.with_suffix(""))
     before.write_text(A_LINE.format(id=left[0]).removesuffix("one") + end)
     async with lifespan(create_app(log=log, outbox=outbox)) as app:
         await soon(lambda: len({*ids(log), *ids(before)}) >= 3)

@@ -688,6 +688,10 @@ def test_while_the_outbox_has_no_room_nothing_is_promised(tmp_path: Path) -> Non
         filler = fill(small)
         eventually(refused)
         eventually(lambda: health() == (503, False))
+        for _ in range(3):
+            time.sleep(2.5)  # until the relay has freed what it can
+            os.truncate(fill(small), filler.stat().st_size - 8192)  # room for a page or two
+            assert not health()[1] or not refused()
         eventually(lambda: written(tmp_path).count("before") == 50)  # delivered, and its row cannot be deleted
         filler.unlink()
         eventually(lambda: not refused(), within=5)
@@ -701,6 +705,37 @@ def test_while_the_outbox_has_no_room_nothing_is_promised(tmp_path: Path) -> Non
         filler.unlink()
         server.start(outbox=small / "outbox")
         assert_exactly_once(kept, tmp_path, small / "outbox")
+
+
+BROKEN_DISK_HOST = """
+import ctypes, errno, platform, struct
+from service import app as service
+
+SECCOMP, SYNCS = {"x86_64": (317, (74, 75)), "aarch64": (277, (82, 83))}[platform.machine()]
+
+async def app(scope, receive, send):
+    if scope["type"] == "http" and scope["path"] == "/break":  # from now on fsync and fdatasync fail
+        code = struct.pack("HBBI", 0x20, 0, 0, 0) + struct.pack("HBBI", 0x15, 1, 0, SYNCS[0])
+        code += struct.pack("HBBI", 0x15, 0, 1, SYNCS[1]) + struct.pack("HBBI", 0x06, 0, 0, 0x50000 | errno.EIO)
+        code += struct.pack("HBBI", 0x06, 0, 0, 0x7FFF0000)
+        program = struct.pack("HxxxxxxP", 5, ctypes.addressof(buffer := ctypes.create_string_buffer(code)))
+        libc = ctypes.CDLL(None)
+        assert libc.prctl(38, 1, 0, 0, 0) == libc.syscall(SECCOMP, 1, 1, program) == 0  # for all threads
+    await service(scope, receive, send)
+"""
+
+
+def test_what_could_not_be_synced_is_refused_and_not_kept(tmp_path: Path) -> None:
+    """Nor by what the failed commit has left in the write-ahead log, if the server is killed then."""
+    (tmp_path / "host.py").write_text(BROKEN_DISK_HOST)
+    with Server(tmp_path, *UVICORN_HOST) as server:
+        kept = server.start().post("before")
+        server.ask("GET", "/break")
+        assert [server.ask("POST", POST, {"message": "refused"})[0] for _ in range(3)] == [503] * 3
+        server.kill()
+        kept |= server.start().post("after")
+        assert_exactly_once(kept, tmp_path)
+    assert "refused" not in written(tmp_path)
 
 
 def test_a_small_disk_is_not_filled_by_what_is_delivered(tmp_path: Path) -> None:
