@@ -558,11 +558,14 @@ class _Outbox:
     def close(self) -> None:
         """Let go of the outbox, and leave what waits to whoever looks next.
 
-        Does nothing while something is in hand or undeleted: the outbox then stays open until the process ends.
+        Does nothing while something is in hand, or about to be, or undeleted: the outbox then stays open until the
+        process ends.
         """
         with self.adopting, self._lock, _locked(self._in_folder("outbox.lock")):  # nobody shall start meanwhile
             with self._taking:
-                if not self._folder or self._undeleted or len(self.waiting) < len(self.pending):
+                in_hand, now = len(self.pending) - len(self.waiting), time.monotonic()
+                new = any(entry.since is None and entry.due > now for entry in list(self.waiting.values()))
+                if not self._folder or self._undeleted or in_hand or new:
                     return
                 self._db, self.pending, self.waiting, self._adopted, self._unsearched = None, {}, {}, set(), []
             self._opened.close()
@@ -754,7 +757,7 @@ class _Relay:
         error = None
         async with anyio.create_task_group() as tasks, anyio.create_task_group() as clock:
             self._lifespans.add(clock)
-            clock.start_soon(self._keep_adopting, tasks)
+            clock.start_soon(self._keep_adopting)
             clock.start_soon(self._keep_delivering, tasks)
             try:
                 yield
@@ -775,16 +778,16 @@ class _Relay:
         if error:
             raise error
 
-    async def _keep_adopting(self, tasks: TaskGroup) -> None:
+    async def _keep_adopting(self) -> None:
         while True:
             await self._adopt()
-            self._step(tasks)
             await anyio.sleep(_LOOK)
 
     async def _keep_delivering(self, tasks: TaskGroup) -> None:
         pause = _POLL
         while True:
             await anyio.sleep(pause)
+            await anyio.lowlevel.checkpoint_if_cancelled()  # as a sleep that was over ends like any other
             self._step(tasks)
             pause = _POLL if self._outbox.pending else min(2 * pause, 1)
 

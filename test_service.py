@@ -954,6 +954,28 @@ async def test_at_its_end_a_lifespan_waits_for_what_the_relay_is_delivering(left
     assert len(gate.sent) == 3
 
 
+async def test_a_lifespan_that_ends_leaves_what_is_just_being_answered_to_its_task(outbox):
+    """As when one app serves several event loops, and the lifespan of one of them ends."""
+    answering, over = anyio.Event(), anyio.Event()
+    asked, delivered = [], []
+
+    async def notify(notification):
+        delivered.append(anyio.get_current_task().id)
+
+    async def send(message):
+        asked.append(anyio.get_current_task().id)
+        answering.set()
+        await over.wait()
+
+    app = create_app(notify, outbox=outbox)
+    async with anyio.create_task_group() as tasks:
+        async with lifespan(app):
+            tasks.start_soon(drive, app, send)
+            await answering.wait()
+        over.set()
+    assert delivered == asked[:1]
+
+
 async def test_an_error_in_the_hosts_own_lifespan_reaches_it_as_it_was(app):
     with pytest.raises(LookupError, match="the host's"):
         async with lifespan(app):
@@ -1087,7 +1109,16 @@ async def test_what_was_adopted_is_pending_and_leaves_max_pending_to_what_comes_
         gate.open()
 
 
-async def test_what_was_adopted_and_not_begun_is_anothers_when_the_lifespan_is_over(left, outbox, sent):
+async def test_what_was_adopted_and_not_begun_is_anothers_when_the_lifespan_is_over(
+    left, outbox, sent, caplog, monkeypatch
+):
+    def opens(record):
+        if record.msg.startswith("waiting at most"):  # from then on it begins nothing
+            gate.open()
+        return True
+
+    caplog.set_level(logging.INFO, "notify")
+    monkeypatch.setattr(logging.getLogger("notify"), "filters", [opens])
     with closing(sqlite3.connect(outbox / "outbox.db")) as db, db:
         for _ in range(8):
             db.execute("INSERT INTO pending (worker, line) SELECT worker, line FROM pending")
@@ -1095,7 +1126,6 @@ async def test_what_was_adopted_and_not_begun_is_anothers_when_the_lifespan_is_o
     async with lifespan(create_app(gate.on_loop, outbox=outbox)) as app:
         await settled(app, pending=3 * 2**8)
         await soon(lambda: len(gate.came) == 500)
-        gate.open()
     async with lifespan(create_app(sent.append, outbox=outbox)):
         await soon(lambda: len(gate.came) + len(sent) == 3 * 2**8)
     assert len(sent) == 3 * 2**8 - 500
