@@ -459,10 +459,10 @@ KEYWORDS = {
     "delay": [-1, -0.001, math.nan, math.inf, "soon", "1", None, True],
     "concurrency": [0, -1, 1.5, math.inf, "many", None, True],
     "max_pending": [0, -1, 1.5, "many", None, False],
-    "token": ["", "é", "a\nb", 5, b"secret", True],
+    "token": ["", "é", "a b", "a\nb", 5, b"secret", True],
     "fsync": ["true", 1, None],
-    "log": ["", None, 5],
-    "outbox": ["", None, 5],
+    "log": ["", "a\0b", None, 5],
+    "outbox": ["", "a\0b", None, 5],
     "notify": ["print", 5, [print]],
 }
 VARIABLES = {
@@ -730,6 +730,11 @@ async def test_the_document_tells_every_route_body_header_and_answer(document):
     email, key = sending["parameters"]
     assert (email["name"], email["in"], email["required"]) == ("email", "path", True)
     assert (key["name"], key["in"], key.get("required", False)) == ("Idempotency-Key", "header", False)
+    assert [bool(re.search(key["schema"]["pattern"], text)) for text in ("a b", "~" * 255, "", "~" * 256)] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    [name] = sending["security"][-1]
+    assert document["components"]["securitySchemes"][name] == {"type": "http", "scheme": "bearer"}
     answers = sending["responses"]
     assert answers.keys() == {"202", "400", "401", "404", "405", "413", "415", "422", "503", "500"}
     assert answers["202"]["headers"].keys() == {"Idempotent-Replayed"}
@@ -1416,6 +1421,21 @@ async def test_whatever_a_notifier_raises_harms_no_other(error):
     assert await health(app) == counts(pending=2, failed=2)
 
 
+async def test_a_def_that_returns_a_coroutine_has_delivered_nothing_and_is_told_how_to(caplog, sent):
+    coroutines = []
+
+    def notify(notification):
+        coroutines.append(as_async(sent.append)(notification))
+        return coroutines[-1]
+
+    app = create_app(notify, outbox=":memory:")
+    await post(app)
+    assert await health(app) == counts(pending=1, failed=1)
+    assert "async def" in warnings(caplog)[0]
+    for coroutine in coroutines:
+        coroutine.close()
+
+
 @pytest.mark.parametrize(("served", "kind"), [(False, "delay"), (True, "delay"), (True, "async def")])
 async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_tasks(log, served, kind):
     answers, gate = [], Gate()
@@ -1797,6 +1817,7 @@ async def test_a_damaged_outbox_is_refused_at_start_or_with_503_and_not_touched(
     refusal(response, 503)
     assert int(response.headers["retry-after"]) > 0
     assert (answer.status_code, answer.json()["pending"]) == (503, 0)
+    assert int(answer.headers["retry-after"]) > 0
     assert answer.json()["status"] != "ok"
     assert contents(tmp_path) == before
     assert any(str(outbox) in warning for warning in warnings(caplog))
@@ -2175,7 +2196,8 @@ def test_the_readme_names_every_setting_and_no_other():
 
 def test_each_promise_of_the_readme_has_its_tests():
     tests = [name for name in globals() if name.startswith("test_")]
-    choices = re.findall(r'`"(.+)"` \|$', README.read_text(), re.MULTILINE)
-    assert choices
+    promises = README.read_text().partition("| promise |")[2].partition("\n\n")[0].splitlines()[2:]
+    choices = [re.fullmatch(r'\| .+ \| `"(.+)"` \|', promise)[1] for promise in promises]
+    assert len(choices) == 7
     for word in " or ".join(choices).split(" or "):
         assert any(word in test for test in tests), word
