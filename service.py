@@ -418,7 +418,7 @@ class _Outbox:
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
-        self._taking, self.adopting = threading.Lock(), threading.Lock()  # by who does; close needs all three
+        self._taking, self.adopting = threading.Lock(), threading.Lock()  # held by who does so, and by close
         weakref.finalize(self, self._opened.close).atexit = False  # as something may be under way then
 
     async def accept(self, email: str, message: str, key: str | None) -> _Entry:
@@ -787,7 +787,7 @@ class _Relay:
         pause = _POLL
         while True:
             await anyio.sleep(pause)
-            await anyio.lowlevel.checkpoint_if_cancelled()  # as a sleep that was over ends like any other
+            await anyio.lowlevel.checkpoint_if_cancelled()  # a sleep that is over may end all the same
             self._step(tasks)
             pause = _POLL if self._outbox.pending else min(2 * pause, 1)
 
