@@ -713,6 +713,8 @@ def _sync_folder(folder: Path) -> None:
 _LOOK = 2.0  # seconds between two looks for what the dead left
 _POLL = 0.05  # seconds between two looks for what is due
 _DRAIN, _FLUSH = 10.0, 2.0  # seconds at the end for what the relay has in hand, and for the last writes
+_LOG_PAUSES = 0.1, 30.0, math.inf  # seconds: the first pause, the longest, and when it is set aside
+_OWN_PAUSES = 1.0, 900.0, _DAY
 _IN_HAND = 500  # at once in requests' tasks, and as many in the relay's; the others wait, and take little memory
 
 
@@ -724,7 +726,7 @@ class _Relay:
         self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
         self._group = _Group(self._call, threads) if own else _Group(self._append)
-        self._wait_initial, self._wait_max, self._patience = (1.0, 900.0, _DAY) if own else (0.1, 30.0, math.inf)
+        self._pauses = _OWN_PAUSES if own else _LOG_PAUSES
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own is told by the id
         self._warn = _Warnings(50 if own else 1)
         self._lifespans: set[TaskGroup] = set()  # of each that runs, its clock
@@ -868,16 +870,22 @@ class _Relay:
             self._outbox.delete(unsynced)
 
     def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
-        """Have the entries wait as long as they have failed so far, so that pauses double; or for the next start."""
+        """Have the entries wait for another attempt, or for the next start."""
         now = time.monotonic()
         for entry in entries:
             is_first, entry.since = entry.since is None, entry.since or now
-            pause = min(self._wait_max, self._wait_initial + now - entry.since) * random.uniform(0.75, 1)
-            entry.due = math.inf if set_aside or now - entry.since >= self._patience else now + pause
+            entry.due = math.inf if set_aside else now + _backoff(now - entry.since, *self._pauses)
             self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry  # again, if it was settled
             if is_first or entry.due == math.inf:
                 fate = "waits for the next start" if entry.due == math.inf else "is tried again"
                 self._warn("notification %s failed, and %s", error, entry.line[_ID], fate)
+
+
+def _backoff(failing: float, first: float, longest: float, patience: float) -> float:
+    """Seconds until the next attempt: as many as it fails by now, so that pauses double; infinity: it is set aside."""
+    if failing >= patience:
+        return math.inf
+    return min(longest, first + failing) * random.uniform(0.75, 1)
 
 
 def _ends_task(error: BaseException) -> bool:

@@ -45,6 +45,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
+import service
 from service import Notification, create_app
 
 pytestmark = pytest.mark.anyio  # of what is asynchronous
@@ -60,7 +61,7 @@ A_LINE = "2026-11-22T05:46:00.123Z {id} notification for user@example.com: one"
 LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (\S+) notification for ([^\s:]+): (.*)")
 
 
-@pytest.fixture(params=os.environ.get("TEST_BACKENDS", "asyncio").split(","))
+@pytest.fixture(scope="module", params=os.environ.get("TEST_BACKENDS", "asyncio").split(","))
 def anyio_backend(request):
     return request.param
 
@@ -92,10 +93,14 @@ def client(app) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=None)
 
 
-async def post(app, email=USER, path="/send-notification/", **options) -> httpx.Response:
+def path_of(email: str) -> str:
+    return f"/send-notification/{quote(email, safe='')}"
+
+
+async def post(app, email=USER, prefix="", **options) -> httpx.Response:
     with anyio.fail_after(60):
         async with client(app) as http:
-            return await http.post(f"{path}{quote(email, safe='')}", **options)
+            return await http.post(prefix + path_of(email), **options)
 
 
 async def health(app) -> dict:
@@ -130,6 +135,14 @@ def as_async(function):
         return function(argument)
 
     return call
+
+
+def place(folder, kept: bool):
+    """Where an outbox is in the folder; or, if it is not to be kept, in memory."""
+    return folder / "outbox" if kept else ":memory:"
+
+
+KEPT_OR_NOT = {"on disk": (True,), "in memory": (False,)}
 
 
 def raises(_):
@@ -175,16 +188,12 @@ async def drive(app, send, error=None):
 
 
 def eventually(predicate, within=20.0):
-    """The predicate's first true value; for what another process or thread does."""
-    deadline = time.monotonic() + within
-    while not (value := predicate()):
-        assert time.monotonic() < deadline, f"not within {within} s: {inspect.getsource(predicate).strip()}"
-        time.sleep(0.02)
-    return value
+    """`soon`, for a test that is not asynchronous."""
+    return anyio.run(soon, predicate, within)
 
 
 async def soon(predicate, within=20.0):
-    """`eventually`, for what happens on this event loop; the predicate may be asynchronous."""
+    """The predicate's first true value, for what happens elsewhere; it may be asynchronous."""
     deadline = time.monotonic() + within
     while True:
         value = predicate()
@@ -230,8 +239,22 @@ def rows(outbox: Path) -> int:
         return db.execute("SELECT count(*) FROM pending").fetchone()[0]
 
 
-def warnings(caplog) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "notify" and r.levelno >= logging.WARNING]
+@contextmanager
+def warnings():
+    """What the service warns of meanwhile."""
+    messages, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("notify").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("notify").removeHandler(handler)
+
+
+@pytest.fixture
+def warned():
+    with warnings() as messages:
+        yield messages
 
 
 def cases(names: str, rows: dict):
@@ -241,6 +264,49 @@ def cases(names: str, rows: dict):
 def shown(value) -> str:
     """The id of a case that is its own name."""
     return ascii(value)[:60]
+
+
+TOGETHER = {}
+
+
+def together(**ways):
+    """Make a test of a function that is called with a folder, for each of the ways with these arguments, too.
+
+    Such tests run at the same time, when the first of them is asked for, as they wait for the service's own pauses.
+    """
+    ways = ways or {"": ()}
+
+    def make_test(function):
+        def test(outcomes, way):
+            if outcomes[function, way]:
+                raise outcomes[function, way]
+
+        TOGETHER.update({(function, way): arguments for way, arguments in ways.items()})
+        test.__doc__ = function.__doc__
+        return pytest.mark.parametrize("way", ways)(test)
+
+    return make_test
+
+
+@pytest.fixture(scope="module")
+def outcomes(anyio_backend, tmp_path_factory):
+    """With what error each of TOGETHER ended, or None."""
+    ended = dict.fromkeys(TOGETHER)
+
+    async def run(function, way):
+        call = functools.partial(function, tmp_path_factory.mktemp("together"), *TOGETHER[function, way])
+        try:
+            await (call() if inspect.iscoroutinefunction(function) else anyio.to_thread.run_sync(call))
+        except Exception as exc:
+            ended[function, way] = exc
+
+    async def run_all():
+        async with anyio.create_task_group() as tasks:
+            for function, way in TOGETHER:
+                tasks.start_soon(run, function, way)
+
+    anyio.run(run_all, backend=anyio_backend)
+    return ended
 
 
 class Server:
@@ -284,10 +350,6 @@ class Server:
 
     def settled(self, **expected) -> None:
         eventually(lambda: self.http.get("/health").json() == counts(**expected))
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
 
     def kill(self) -> None:
         """End the whole group, workers included, as kill -9 does."""
@@ -358,12 +420,6 @@ async def test_a_valid_address_is_accepted_as_it_is(app, sent, email, slash):
     assert (response.status_code, [n.email for n in sent]) == (202, [email])
 
 
-@pytest.mark.parametrize("email", BAD_ADDRESSES, ids=shown)
-async def test_anything_but_one_whole_address_is_refused(app, sent, email):
-    refusal(await post(app, email), 422)
-    assert sent == []
-
-
 JSON = {"content-type": "application/json"}
 BODY = b'{"message": "hi"}'
 
@@ -413,19 +469,12 @@ WRONG_BODIES = [
     b'{"message": "\\ud800"}', b'{"message": "a\\udc00b"}', b'{"message": "\\ude00\\ud83d"}',  # lone surrogates
     b'{"message": "%s"}' % (b"x" * 10_001),
 ]  # fmt: skip
-REFUSED_BODIES = [(400, body) for body in MALFORMED_BODIES] + [(422, body) for body in WRONG_BODIES]
 
 
 @cases("headers, body, message", GOOD_BODIES)
 async def test_a_body_is_optional_and_holds_a_message_of_up_to_10000_characters(app, sent, headers, body, message):
     response = await post(app, content=body, headers=headers)
     assert (response.status_code, [n.message for n in sent]) == (202, [message])
-
-
-@pytest.mark.parametrize(("status", "body"), REFUSED_BODIES, ids=shown)
-async def test_any_other_body_is_refused(app, sent, status, body):
-    refusal(await post(app, content=body, headers=JSON), status)
-    assert (sent, await health(app)) == ([], counts())
 
 
 AS_THEY_ARE = ["some notification", "", "é 世界 😀", "a: b: c", " a "]
@@ -453,6 +502,22 @@ def test_a_notification_is_frozen():
     assert notification == Notification("1", USER, "hi", "2026-11-22T05:46:00.123Z")
     with pytest.raises(FrozenInstanceError):
         notification.id = "2"
+
+
+PAUSES = {"of the log": (service._LOG_PAUSES, 0.1, 30, math.inf), "of one's own": (service._OWN_PAUSES, 1, 900, 86_400)}
+
+
+@cases("settings, first, longest, patience", PAUSES)
+def test_pauses_are_jittered_and_double_to_a_longest_until_patience_is_over(settings, first, longest, patience):
+    failing, pauses = 0.0, []
+    while failing < 100_000 and (pause := service._backoff(failing, *settings)) < math.inf:
+        pauses.append(pause)
+        failing += pause
+    growing = [pause for pause in pauses if pause < 0.75 * longest]
+    assert 0.75 * first <= pauses[0] <= first
+    assert 1.5 < (growing[-1] / growing[0]) ** (1 / (len(growing) - 1)) < 2.1
+    assert 0.75 * longest <= min(pauses[len(growing) :]) < max(pauses) <= longest
+    assert min(patience, 100_000) <= failing < min(patience, 100_000) + longest
 
 
 KEYWORDS = {
@@ -490,7 +555,7 @@ def test_a_variable_that_makes_no_sense_is_refused_by_its_name(monkeypatch, name
         runpy.run_path(str(HERE / "service.py"))
 
 
-@pytest.mark.parametrize("text", ["true", "True", "1", "false", "FALSE", "0"])
+@pytest.mark.parametrize("text", ["true", "True", "1", "yes", "on", "false", "FALSE", "0", "no", "off"])
 async def test_fsync_is_a_word_or_a_digit_and_decides_whether_log_and_outbox_are_synced(log, outbox, monkeypatch, text):
     levels, synced = set(), set()
 
@@ -504,7 +569,7 @@ async def test_fsync_is_a_word_or_a_digit_and_decides_whether_log_and_outbox_are
     for name, value in {"FSYNC": text, "LOG": log, "OUTBOX": outbox}.items():
         monkeypatch.setenv(f"NOTIFY_{name}", str(value))
     await post(runpy.run_path(str(HERE / "service.py"))["app"])
-    expected = text.lower() in ("true", "1")
+    expected = text.lower() in ("true", "1", "yes", "on")
     assert levels == {2 if expected else 1}  # FULL: each commit is synced; NORMAL: each checkpoint
     assert (log.stat().st_ino in synced) == expected
 
@@ -522,9 +587,9 @@ NO_PATHS = ["/", "/nothing", "/healthy", "/health/ok", "/health//", "/health%0A"
 NO_METHODS = [(method, PATH) for method in ("GET", "PUT", "DELETE", "OPTIONS", "BREW")]
 NO_METHODS += [("POST", "/health"), ("POST", "/openapi.json")]
 ERRORS = {
-    "400 malformed JSON": (400, "POST", PATH, TOKEN | JSON, b"{"),
+    **{f"400 body {shown(body)}": (400, "POST", PATH, TOKEN | JSON, body) for body in MALFORMED_BODIES},
     **{f"400 key {shown(key)}": (400, "POST", PATH, TOKEN | {"idempotency-key": key}, b"") for key in BAD_KEYS},
-    "401 no token": (401, "POST", PATH, {}, b""),
+    "401 no token, and nothing else right": (401, "POST", "/send-notification/user", {"idempotency-key": ""}, b"{"),
     **{f"401 {shown(value)}": (401, "POST", PATH, {"authorization": value}, b"") for value in BAD_TOKENS},
     "404 no address": (404, "POST", "/send-notification", {}, b""),
     "404 capitals": (404, "POST", "/Send-Notification/user@example.com", TOKEN, b""),
@@ -535,8 +600,8 @@ ERRORS = {
     "415 no type": (415, "POST", PATH, TOKEN, BODY),
     "415 form": (415, "POST", PATH, TOKEN | {"content-type": "application/x-www-form-urlencoded"}, b"message=hi"),
     **{f"415 {shown(media)}": (415, "POST", PATH, TOKEN | {"content-type": media}, BODY) for media in BAD_TYPES},
-    "422 address": (422, "POST", "/send-notification/user", TOKEN, b""),
-    "422 body": (422, "POST", PATH, TOKEN | JSON, b'{"message": 1}'),
+    **{f"422 address {shown(email)}": (422, "POST", path_of(email), TOKEN, b"") for email in BAD_ADDRESSES},
+    **{f"422 body {shown(body)}": (422, "POST", PATH, TOKEN | JSON, body) for body in WRONG_BODIES},
 }
 ALLOWED = {"/health": {"GET", "HEAD"}, "/openapi.json": {"GET", "HEAD"}, PATH: {"POST"}}
 
@@ -571,10 +636,10 @@ async def test_the_answer_names_the_notification(app, sent):
     assert datetime.fromisoformat(sent[0].accepted_at).tzinfo is not None
 
 
-@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+@pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER ", "Bearer  "])
 async def test_the_token_opens_post_in_any_case_of_its_scheme(scheme):
     app = create_app(lambda n: None, outbox=":memory:", token="s3cret")
-    assert (await post(app, headers={"authorization": f"{scheme} s3cret"})).status_code == 202
+    assert (await post(app, headers={"authorization": f"{scheme}s3cret"})).status_code == 202
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/", "/openapi.json", "/openapi.json/"])
@@ -653,7 +718,7 @@ async def test_without_a_key_the_same_again_is_another_notification(app, sent):
     assert [n.id for n in sent] == answers
 
 
-@pytest.mark.parametrize("way", ["by the relay", "when it comes again", "when another comes"])
+@pytest.mark.parametrize("way", ["in time", "when it comes again", "when another comes"])
 async def test_a_key_is_forgotten_after_24_hours(outbox, way):
     app = create_app(lambda n: None, outbox=outbox)
 
@@ -666,7 +731,7 @@ async def test_a_key_is_forgotten_after_24_hours(outbox, way):
     assert keys(seconds=24 * 3600 - 60) == 1
     assert (await post(app, headers=KEY)).json() == first
     keys(seconds=120)
-    if way == "by the relay":
+    if way == "in time":
         async with lifespan(create_app(outbox=outbox)):
             await soon(lambda: keys() == 0)
     if way == "when another comes":
@@ -817,7 +882,7 @@ CALLABLES = {
 @cases("kind, notify", CALLABLES)
 async def test_any_callable_of_one_notification_is_a_notifier(kind, notify):
     recorder = kind()
-    app = create_app(notify(recorder), outbox=":memory:")
+    app = create_app(notify(recorder), outbox=":memory:", delay=AN_HOUR)  # which is the default notifier's
     answers = [(await post(app)).json()["id"] for _ in range(2)]
     assert [n.id for n in recorder] == answers
     assert all(type(n) is Notification for n in recorder)
@@ -921,7 +986,7 @@ async def test_the_environment_sets_the_app_of_the_module(tmp_path, monkeypatch)
 async def test_mounted_it_answers_under_the_prefix_which_the_document_names(app, sent, prefix):
     host = Starlette(routes=[Mount(prefix, app)])
     for email in (USER, f"{USER}/"):
-        assert (await post(host, email, f"{prefix}/send-notification/")).status_code == 202
+        assert (await post(host, email, prefix)).status_code == 202
     assert [n.email for n in sent] == [USER, USER]
     async with client(host) as http:
         assert (await http.get(f"{prefix}/health")).json()["status"] == "ok"
@@ -932,9 +997,9 @@ async def test_mounted_it_answers_under_the_prefix_which_the_document_names(app,
     assert len(sent) == 2
 
 
-@cases("threads, served", {"in turn": (1, False), "at once": (6, False), "with lifespans that end": (6, True)})
+@pytest.mark.parametrize("served", [False, True], ids=["", "with lifespans that end"])
 @pytest.mark.parametrize("kind", ["def", "async def", "log"])
-def test_one_app_serves_several_event_loops(log, outbox, sent, threads, served, kind):
+def test_one_app_serves_several_event_loops(log, outbox, sent, served, kind):
     app = create_app(notifier(kind, sent), log=log, outbox=outbox, fsync=False)
     answers = []
 
@@ -946,9 +1011,9 @@ def test_one_app_serves_several_event_loops(log, outbox, sent, threads, served, 
         for _ in range(4):
             asyncio.run(one_loop())
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(loops, range(threads)))
-    assert len(answers) == threads * 20
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(loops, range(4)))
+    assert len(answers) == 80
     assert sorted(n.id for n in sent or read(log)) == sorted(answers)
     assert asyncio.run(health(app)) == counts()
 
@@ -1237,16 +1302,21 @@ class UnprintableError(Exception):
         raise RuntimeError
 
 
-FAILURES = {  # and what the log says of it
-    RuntimeError("the mail is down"): "the mail is down",
-    UnprintableError(): "UnprintableError",
-    SystemExit(): "SystemExit",
-    GeneratorExit(): "GeneratorExit",
-    asyncio.CancelledError(): "CancelledError",
+DOWN = RuntimeError("the mail is down")
+FAILING = {  # kept, kind, failure, and what the log says of it
+    "def": (True, "def", DOWN, "the mail is down"),
+    "async def": (True, "async def", DOWN, "the mail is down"),
+    "def, in memory": (False, "def", DOWN, "the mail is down"),
+    "async def, in memory": (False, "async def", DOWN, "the mail is down"),
+    "unprintable": (False, "async def", UnprintableError(), "UnprintableError"),
+    "SystemExit": (False, "async def", SystemExit(), "SystemExit"),
+    "GeneratorExit": (False, "async def", GeneratorExit(), "GeneratorExit"),
+    "CancelledError": (False, "async def", asyncio.CancelledError(), "CancelledError"),
 }
 
 
-async def a_notifier_that_fails_twice(outbox, caplog, kind, failure):
+@together(**FAILING)
+async def test_a_notification_that_fails_is_tried_again_after_growing_pauses(folder, kept, kind, failure, told):
     calls, times = [], []
 
     def notify(notification):
@@ -1256,21 +1326,24 @@ async def a_notifier_that_fails_twice(outbox, caplog, kind, failure):
             if len(times) <= 2:
                 raise failure
 
-    async with lifespan(create_app(notify if kind == "def" else as_async(notify), outbox=outbox)) as app:
-        bad = await post(app, json={"message": "bad"})
-        good = await post(app, json={"message": "good"})
-        assert [n.message for n in calls].count("good") == 1
-        await soon(lambda: len(calls) >= 4)
-        await settled(app)
+    app = create_app(notify if kind == "def" else as_async(notify), outbox=place(folder, kept))
+    with warnings() as warned:
+        async with lifespan(app):
+            bad = await post(app, json={"message": "bad"})
+            good = await post(app, json={"message": "good"})
+            assert [n.message for n in calls].count("good") == 1
+            await soon(lambda: len(calls) >= 4)
+            await settled(app)
     assert Counter(n.id for n in calls) == {bad.json()["id"]: 3, good.json()["id"]: 1}
     assert len(set(calls)) == 2
     assert times[2] - times[1] > 1.1  # the first pause is of 1 s at most, and pauses grow
-    told = [warning for warning in warnings(caplog) if bad.json()["id"] in warning]
-    assert 1 <= len(told) <= 2
-    assert FAILURES[failure] in told[0]
+    of_bad = [warning for warning in warned if bad.json()["id"] in warning]
+    assert 1 <= len(of_bad) <= 2
+    assert told in of_bad[0]
 
 
-async def a_host_that_raises_after_the_answer_was_made(outbox):
+@together(**KEPT_OR_NOT)
+async def test_a_host_that_raises_after_the_answer_was_made_loses_nothing(folder, kept):
     gate, calls = Gate(), []
 
     def notify(notification):
@@ -1284,7 +1357,7 @@ async def a_host_that_raises_after_the_answer_was_made(outbox):
             raise RuntimeError
         return response
 
-    app = create_app(notify, outbox=outbox)
+    app = create_app(notify, outbox=place(folder, kept))
     middleware = [Middleware(BaseHTTPMiddleware, dispatch=dispatch)]
     host = Starlette(routes=[Mount("/notify", app)], middleware=middleware, lifespan=lambda host: lifespan(app))
     transport = httpx.ASGITransport(host, raise_app_exceptions=False)
@@ -1301,8 +1374,10 @@ async def a_host_that_raises_after_the_answer_was_made(outbox):
     assert calls == ["in flight", "left"]
 
 
-async def a_caller_that_is_cancelled_when_it_has_its_answer(outbox, log):
-    async with lifespan(create_app(log=log, outbox=outbox, delay=0.3)) as app:
+@together()
+async def test_a_caller_that_is_cancelled_when_it_has_its_answer_loses_nothing(folder):
+    log = folder / "log.txt"
+    async with lifespan(create_app(log=log, outbox=folder / "outbox", delay=0.3)) as app:
         with anyio.CancelScope() as caller:
 
             async def send(message):
@@ -1317,26 +1392,31 @@ async def a_caller_that_is_cancelled_when_it_has_its_answer(outbox, log):
     assert len(read(log)) == 1
 
 
-async def a_caller_whose_time_is_up_in_the_middle_of_the_notifier(outbox):
+@together()
+def test_a_caller_whose_time_is_up_in_the_middle_of_the_notifier_loses_nothing(folder):
     calls = []
 
-    async def notify(notification):
-        calls.append(notification)
-        if len(calls) == 1:
-            limit.reschedule(0)
-            await asyncio.sleep(AN_HOUR)
+    async def ask():
+        async def notify(notification):
+            calls.append(notification)
+            if len(calls) == 1:
+                limit.reschedule(0)
+                await asyncio.sleep(AN_HOUR)
 
-    async with lifespan(create_app(notify, outbox=outbox)) as app:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(None) as limit:
-                await post(app)
-        await soon(lambda: len(calls) >= 2)
-        await settled(app)
+        async with lifespan(create_app(notify, outbox=folder / "outbox")) as app:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(None) as limit:
+                    await post(app)
+            await soon(lambda: len(calls) >= 2)
+            await settled(app)
+
+    asyncio.run(ask())
     assert len(calls) == 2
     assert calls[0] == calls[1]
 
 
-async def one_that_fails_while_600_do_not_return():
+@together()
+async def test_what_fails_is_tried_again_though_600_others_do_not_return(folder):
     calls, gate = [], anyio.Event()
 
     async def notify(notification):
@@ -1355,9 +1435,10 @@ async def one_that_fails_while_600_do_not_return():
         gate.set()
 
 
-async def a_task_that_comes_when_its_row_is_gone_and_another_came(outbox):
+@together(**KEPT_OR_NOT)
+async def test_a_task_that_comes_when_the_relay_has_delivered_does_nothing(folder, kept):
     sent = []
-    app = create_app(sent.append, outbox=outbox)
+    app = create_app(sent.append, outbox=place(folder, kept))
     may_end = {"/send-notification/a@b.c": anyio.Event(), PATH: anyio.Event()}
 
     async def slow_host(scope, receive, send):
@@ -1380,34 +1461,6 @@ async def a_task_that_comes_when_its_row_is_gone_and_another_came(outbox):
     assert [n.email for n in sent] == ["a@b.c", USER]
 
 
-async def test_the_relay_delivers_what_failed_or_was_abandoned_and_nothing_twice(tmp_path, log, caplog):
-    """One test of what the names above say, since all of them wait for the relay's pauses."""
-    down, *others = FAILURES
-    time_is_up = a_caller_whose_time_is_up_in_the_middle_of_the_notifier(tmp_path / "time is up")
-    running = [
-        *(a_notifier_that_fails_twice(tmp_path / kind, caplog, kind, down) for kind in ("def", "async def")),
-        *(a_notifier_that_fails_twice(":memory:", caplog, kind, down) for kind in ("def", "async def")),
-        *(a_notifier_that_fails_twice(":memory:", caplog, "async def", failure) for failure in others),
-        a_host_that_raises_after_the_answer_was_made(tmp_path / "raises"),
-        a_host_that_raises_after_the_answer_was_made(":memory:"),
-        a_task_that_comes_when_its_row_is_gone_and_another_came(tmp_path / "gone"),
-        a_task_that_comes_when_its_row_is_gone_and_another_came(":memory:"),
-        a_caller_that_is_cancelled_when_it_has_its_answer(tmp_path / "cancelled", log),
-        anyio.to_thread.run_sync(asyncio.run, time_is_up),
-        one_that_fails_while_600_do_not_return(),
-    ]
-    ended = []
-
-    async def run(case):
-        await case
-        ended.append(case)
-
-    async with anyio.create_task_group() as tasks:
-        for case in running:
-            tasks.start_soon(run, case)
-    assert set(ended) == set(running)
-
-
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt, StopIteration, BaseException])
 async def test_whatever_a_notifier_raises_harms_no_other(error):
     sent = []
@@ -1424,7 +1477,7 @@ async def test_whatever_a_notifier_raises_harms_no_other(error):
     assert await health(app) == counts(pending=2, failed=2)
 
 
-async def test_a_def_that_returns_a_coroutine_has_delivered_nothing_and_is_told_how_to(caplog, sent):
+async def test_a_def_that_returns_a_coroutine_has_delivered_nothing_and_is_told_how_to(warned, sent):
     coroutines = []
 
     def notify(notification):
@@ -1434,7 +1487,7 @@ async def test_a_def_that_returns_a_coroutine_has_delivered_nothing_and_is_told_
     app = create_app(notify, outbox=":memory:")
     await post(app)
     assert await health(app) == counts(pending=1, failed=1)
-    assert "async def" in warnings(caplog)[0]
+    assert "async def" in warned[0]
     for coroutine in coroutines:
         coroutine.close()
 
@@ -1475,13 +1528,13 @@ async def test_without_a_lifespan_one_request_sees_to_all_that_it_adopts_however
     assert len({n.id for n in gate.sent}) == len(gate.sent) == 520
 
 
-async def test_many_failures_do_not_flood_the_servers_log(caplog):
+async def test_many_failures_do_not_flood_the_servers_log(warned):
     app = create_app(raises, outbox=":memory:")
     async with client(app) as http:
         for _ in range(500):
             assert (await http.post(PATH)).status_code == 202
     assert (await health(app))["failed"] == 500
-    assert 1 <= len(warnings(caplog)) <= 100
+    assert 1 <= len(warned) <= 100
 
 
 async def test_what_failed_is_kept_for_the_next_start(outbox, sent):
@@ -1500,15 +1553,15 @@ BROKEN_LOGS = {
 
 
 @cases("path, spoil, mend", BROKEN_LOGS)
-async def test_a_log_that_cannot_be_written_stops_nothing_and_heals_by_itself(tmp_path, caplog, path, spoil, mend):
+async def test_a_log_that_cannot_be_written_stops_nothing_and_heals_by_itself(tmp_path, warned, path, spoil, mend):
     log = tmp_path / path
     spoil(log)
     async with lifespan(create_app(log=log, outbox=tmp_path / "outbox")) as app:
         answers = [await post(app) for _ in range(30)]
         assert [answer.status_code for answer in answers] == [202] * 30
         assert await health(app) == counts(pending=30, failed=30)
-        assert 1 <= len(warnings(caplog)) <= 5
-        assert str(log) in warnings(caplog)[0]
+        assert 1 <= len(warned) <= 5
+        assert str(log) in warned[0]
         mend(log)
         await soon(lambda: len(ids(log)) >= 30)
         await settled(app)
@@ -1619,35 +1672,44 @@ async def test_a_log_that_is_renamed_while_it_is_searched_is_found(left, log, ou
     assert not log.exists()
 
 
-@pytest.mark.parametrize("served", [True, False])
-async def test_retries_and_answers_go_on_while_the_log_is_searched(left, log, outbox, monkeypatch, served):
-    before = log.with_name("log.txt.1")
-    before.touch()
-    searching, searched, outcomes = threading.Event(), threading.Event(), []
-    path_open = Path.open
+@together()
+async def test_retries_and_answers_go_on_while_the_log_is_searched(folder):
+    searching, delivered, searched, in_time, path_open = set(), [], threading.Event(), [], Path.open
 
     def waits(path, *args, **options):
-        if path == before:
-            searching.set()
-            outcomes.append(searched.wait(20))
+        if path.parent.parent == folder and path.name == "log.txt.1":
+            searching.add(path)
+            in_time.append(searched.wait(20))
         return path_open(path, *args, **options)
 
-    monkeypatch.setattr(Path, "open", waits)
-    log.mkdir()
-    app = create_app(log=log, outbox=outbox)
-    async with lifespan(app) if served else nullcontext(), anyio.create_task_group() as tasks:
-        tasks.start_soon(health, app)
-        await soon(searching.is_set)
-        failed = (await post(app)).json()["id"]
-        log.rmdir()
-        if not served:
-            await anyio.sleep(2.1)  # until it would look for the dead again
-            await health(app)
-        await soon(lambda: ids(log) == [failed])
-        searched.set()
-        await soon(lambda: len(ids(log)) >= 4)
-    assert sorted(ids(log)) == sorted([failed, *left])
-    assert all(outcomes)  # nothing waited for the search
+    async def run(folder, served):
+        folder.mkdir()
+        log, outbox = folder / "log.txt", folder / "outbox"
+        async with lifespan(create_app(raises, outbox=outbox)) as app:
+            left = (await post(app)).json()["id"]
+        log.with_name("log.txt.1").touch()
+        log.mkdir()
+        app = create_app(log=log, outbox=outbox)
+        async with lifespan(app) if served else nullcontext(), anyio.create_task_group() as tasks:
+            tasks.start_soon(health, app)
+            await soon(lambda: len(searching) == 2)
+            failed = (await post(app)).json()["id"]
+            log.rmdir()
+            if not served:
+                await anyio.sleep(2.1)  # until it would look for the dead again
+                await health(app)
+            await soon(lambda: ids(log) == [failed])
+            delivered.append(failed)
+            await soon(lambda: len(delivered) == 2)
+            searched.set()
+            await soon(lambda: sorted(ids(log)) == sorted([failed, left]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", waits)
+        async with anyio.create_task_group() as tasks:
+            for served in (True, False):
+                tasks.start_soon(run, folder / f"served {served}", served)
+    assert all(in_time)  # nothing waited for the search
 
 
 async def test_a_log_that_hangs_holds_up_no_start(tmp_path, log, outbox):
@@ -1669,17 +1731,46 @@ async def test_a_log_that_hangs_holds_up_no_start(tmp_path, log, outbox):
         os.close(reader)
 
 
-async def test_logging_that_raises_stops_no_delivery(log, outbox, monkeypatch):
+@together()
+async def test_a_row_that_cannot_be_deleted_is_deleted_when_it_can_and_not_delivered_again(folder):
+    outbox, sent = folder / "outbox", []
+    async with lifespan(create_app(sent.append, outbox=outbox)) as app:
+        await health(app)
+        with closing(sqlite3.connect(outbox / "outbox.db")) as db, db:
+            db.execute("CREATE TRIGGER no BEFORE DELETE ON pending BEGIN SELECT RAISE(ABORT, 'no'); END")
+        first = (await post(app)).json()["id"]
+        refusal(await post(app), 503)
+        with closing(sqlite3.connect(outbox / "outbox.db")) as db, db:
+            db.execute("DROP TRIGGER no")
+        await soon(lambda: rows(outbox) == 0)
+    assert [n.id for n in sent] == [first]
+
+
+REPLACED = {
+    "renamed": lambda outbox: outbox.rename(outbox.with_name("elsewhere")),
+    "removed": lambda outbox: (outbox / "outbox.db").unlink(),
+    "its log removed": lambda outbox: (outbox / "outbox.db-wal").unlink(),
+    "another in its place": lambda outbox: (outbox / "outbox.db").write_bytes(b"") or anothers(outbox),
+}
+
+
+@cases("replace", REPLACED)
+async def test_an_outbox_that_is_replaced_while_it_is_in_use_promises_nothing_more(log, outbox, replace):
+    async with client(create_app(log=log, outbox=outbox)) as http:
+        first = await http.post(PATH)
+        replace(outbox)
+        second, status = await http.post(PATH), await http.get("/health")
+    assert (first.status_code, second.status_code, status.status_code) == (202, 503, 503)
+    assert str(outbox) in status.json()["status"]
+    assert ids(log) == [first.json()["id"]]
+
+
+@cases("notify", {"def": raises, "async def": as_async(raises), "log": None})
+async def test_logging_that_raises_harms_nothing(tmp_path, monkeypatch, notify):
     monkeypatch.setattr(logging.getLogger("notify"), "filters", [raises])
-    log.mkdir()
-    async with lifespan(create_app(log=log, outbox=outbox)) as app:
-        async with anyio.create_task_group() as tasks:
-            for _ in range(5):
-                tasks.start_soon(post, app)
-        log.rmdir()
-        await soon(lambda: len(ids(log)) >= 5)
-        await settled(app)
-    assert len(set(ids(log))) == 5
+    app = create_app(notify, log=tmp_path, outbox=":memory:")  # a folder, and so no log
+    assert [(await post(app)).status_code for _ in range(3)] == [202] * 3
+    assert await health(app) == counts(pending=3, failed=3)
 
 
 @pytest.mark.parametrize("kind", ["def", "log"])
@@ -1822,7 +1913,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 @cases("damage", DAMAGES)
-async def test_a_damaged_outbox_is_refused_at_start_or_with_503_and_not_touched(dead, damage, tmp_path, log, caplog):
+async def test_a_damaged_outbox_is_refused_at_start_or_with_503_and_not_touched(dead, damage, tmp_path, log, warned):
     outbox = tmp_path / "deep" / "outbox"
     shutil.copytree(dead.outbox, outbox)
     damage(outbox)
@@ -1839,7 +1930,7 @@ async def test_a_damaged_outbox_is_refused_at_start_or_with_503_and_not_touched(
     assert int(answer.headers["retry-after"]) > 0
     assert answer.json()["status"] != "ok"
     assert contents(tmp_path) == before
-    assert any(str(outbox) in warning for warning in warnings(caplog))
+    assert any(str(outbox) in warning for warning in warned)
 
 
 # ---------------------------------------------------------------------------------------------- live server
@@ -1875,14 +1966,12 @@ def in_chunks(body: bytes, size=1000) -> bytes:
 
 MEDIA, CHUNKED = b"Content-Type: application/json", b"Transfer-Encoding: chunked"
 BAD_TARGETS = [
-    b"user@example.com%0A", b"user@example.com/%0a", b"user@example.com%0D%0A2026%20forged", b"user%00@example.com",
-    b"%1B[31muser@example.com", b"us%FFer@example.com", b"us%C0%AFer@example.com", b"user@example.com%0",
-    b"user@example.com%", b"a" * 3000 + b"@example.com",
+    b"user@example.com%0A", b"user@example.com/%0a", b"user%00@example.com", b"us%FFer@example.com",
+    b"us%C0%AFer@example.com", b"user@example.com%0", b"user@example.com%",
 ]  # fmt: skip
 RAW = {
     "plain": ({202}, request()),
     "HTTP/1.0": ({202}, b"POST %s HTTP/1.0\r\nHost: test\r\n\r\n" % TARGET),
-    "slash": ({202}, request(b"/send-notification/user@example.com/")),
     "percent-encoded": ({202}, request(b"/send-notification/%75ser%2Btag%40example.com")),
     "encoded slash": ({202}, request(b"/send-notification/a%2Fb@example.com")),
     "query": ({202}, request(b"/send-notification/user@example.com?message=forged%0A")),
@@ -1890,17 +1979,12 @@ RAW = {
     "chunked without a length": ({202}, request(TARGET, MEDIA, CHUNKED, body=in_chunks(BODY, 3), length=False)),
     "chunked and empty": ({202}, request(TARGET, CHUNKED, body=in_chunks(b""), length=False)),
     "chunked over 64 KiB": ({413}, request(TARGET, MEDIA, CHUNKED, body=in_chunks(b" " * 65537), length=False)),
-    "over 64 KiB": ({413}, request(TARGET, MEDIA, body=b" " * 65537)),
     "10 MB promised": ({413}, request(TARGET, MEDIA, b"Content-Length: 10000000", body=b" " * 65537, length=False)),
     "bad chunk": ({400}, request(TARGET, MEDIA, CHUNKED, body=b"zz\r\n", length=False)),
-    "key in UTF-8": ({400}, request(TARGET, "Idempotency-Key: ключ".encode())),
     "percent and no digits": ({202, 400, 422}, request(b"/send-notification/%zz%4@example.com")),
     "raw bytes": ({400, 422}, request("/send-notification/üser@example.com".encode())),
     "raw NUL": ({400, 422}, request(b"/send-notification/user\0@example.com")),
-    "newline after health": ({404}, request(b"/health%0A", method=b"GET")),
-    "unknown path": ({404}, request(b"/nothing", method=b"GET")),
     "dots": ({405, 422}, request(b"/send-notification/../health")),
-    "wrong method": ({405}, request(method=b"PUT")),
     "unheard-of method": ({400, 405}, request(method=b"BREW")),
     "no HTTP": ({400}, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"),
     **{shown(target): ({422}, request(b"/send-notification/" + target)) for target in BAD_TARGETS},
@@ -1917,15 +2001,30 @@ def test_each_raw_request_gets_the_status_that_it_deserves(live, statuses, data)
         assert list(json.loads(body)) == (["id", "message"] if status == 202 else ["detail"])
 
 
+def on_one_connection(port: int, requests) -> list[int]:
+    """The statuses of these requests' answers; fails if the server closes the connection meanwhile."""
+    statuses = []
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.connect()
+        opened = connection.sock
+        for method, path, headers, body in requests:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            response.read()
+            statuses.append(response.status)
+            assert connection.sock is opened
+    return statuses
+
+
 def test_errors_leave_the_connection_to_the_next_request(live):
-    for path, options, status in [
-        ("/send-notification/user", {}, 422),
-        (PATH, {"content": b"{", "headers": JSON}, 400),
-        (PATH, {"content": b"{}"}, 415),
-        ("/nothing", {}, 404),
-    ]:
-        refusal(live.http.post(path, **options), status)
-        live.post()
+    refused = [
+        ("POST", "/send-notification/user", {}, None),
+        ("POST", PATH, JSON, b"{"),
+        ("POST", PATH, {}, b"{}"),
+        ("POST", "/nothing", {}, None),
+        ("GET", PATH, {}, None),
+    ]
+    assert on_one_connection(live.port, refused * 2) == [422, 400, 415, 404, 405] * 2
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
@@ -1974,20 +2073,6 @@ def test_whatever_bytes_arrive_it_is_a_202_with_one_line_or_a_4xx_with_none(live
     assert statuses["422"] > 5
 
 
-def test_five_answers_on_one_connection_while_every_notification_takes_an_hour(tmp_path):
-    with serve(tmp_path, delay=AN_HOUR) as server:
-        sockets = set()
-        with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
-            for _ in range(5):
-                connection.request("POST", PATH)
-                response = connection.getresponse()
-                assert (response.status, len(json.load(response)["id"]) > 8) == (202, True)
-                sockets.add(connection.sock)
-        assert len(sockets) == 1
-        assert server.http.get("/health").json() == counts(pending=5)
-        assert ids(server.log) == []
-
-
 def test_a_log_that_hangs_for_ever_holds_up_no_answer(tmp_path):
     """A FIFO that nobody reads; when somebody does, the lines come with no new request."""
     os.mkfifo(tmp_path / "log.txt")
@@ -2019,10 +2104,10 @@ Path(f"pid-{os.getpid()}").touch()
 def notify(notification):
     with open("started.txt", "a") as file:
         file.write(f"{os.getpid()} {notification.id}\\n")
-    with open("gate", "a") as gate:
-        fcntl.flock(gate, fcntl.LOCK_SH)  # waits while the test holds it shut
     if notification.message == "bad":
         raise RuntimeError("the mail is down")
+    with open("gate", "a") as gate:
+        fcntl.flock(gate, fcntl.LOCK_SH)  # waits while the test holds it shut
     with open("sent.txt", "a") as file:
         file.write(f"{notification.accepted_at} {notification.id}\\n")
 
@@ -2038,14 +2123,15 @@ def gate_shut(folder):
         yield
 
 
-def test_a_notifier_that_raises_costs_the_connection_nothing(tmp_path):
+def test_answers_on_one_connection_wait_for_no_notifier_and_survive_one_that_raises(tmp_path):
     (tmp_path / "own.py").write_text(OWN_NOTIFIER)
+    one, two = [("POST", PATH, JSON, json.dumps({"message": message})) for message in ("good", "bad")]
     with serve(tmp_path, app="own:app") as server:
-        bad = [server.post("bad").json()["id"] for _ in range(3) if server.post("good")]
-        good = [id for id in server.accepted if id not in bad]
-        eventually(lambda: sorted(ids(tmp_path / "sent.txt")) == sorted(good))
-        server.settled(pending=3, failed=3)
-        assert all(id in server.stderr() for id in bad)
+        with gate_shut(tmp_path):
+            assert on_one_connection(server.port, [one, two] * 3) == [202] * 6
+            server.settled(pending=6, failed=3)
+            assert ids(tmp_path / "sent.txt") == []
+        eventually(lambda: len(ids(tmp_path / "sent.txt")) == 3)
         assert "the mail is down" in server.stderr()
 
 
@@ -2062,15 +2148,15 @@ def test_a_server_does_not_start_on_a_damaged_outbox(dead, tmp_path, outbox):
 # ---------------------------------------------------------------------------------------------------- crash
 
 STOPS = {
-    "kill -9": ((), [signal.SIGKILL]),
-    "Ctrl-C twice": ((), [signal.SIGINT, signal.SIGINT]),
-    "a graceful timeout": (("--timeout-graceful-shutdown", "0"), [signal.SIGTERM]),
+    "kill -9": ([], [signal.SIGKILL]),
+    "Ctrl-C twice": ([], [signal.SIGINT, signal.SIGINT]),
+    "a graceful timeout": (["--timeout-graceful-shutdown", "0"], [signal.SIGTERM]),
 }
 
 
-@cases("options, signals", STOPS)
-def test_what_was_acknowledged_is_written_exactly_once_after(tmp_path, options, signals):
-    with serve(tmp_path, *options, delay=AN_HOUR, quiet=False) as server:
+@together(**STOPS)
+def test_what_was_acknowledged_is_written_exactly_once_after(folder, options, signals):
+    with serve(folder, *options, delay=AN_HOUR, quiet=False) as server:
         for _ in range(5):
             server.post()
         server.post(headers=KEY)
@@ -2079,38 +2165,44 @@ def test_what_was_acknowledged_is_written_exactly_once_after(tmp_path, options, 
             server.process.send_signal(number)
             eventually(lambda: server.process.poll() is not None or "Shutting down" in server.stderr())
         server.process.wait(20)
-    with serve(tmp_path) as restarted:
+    with serve(folder) as restarted:
         eventually(lambda: len(ids(restarted.log)) >= 6)
         replay = restarted.post(headers=KEY)
         assert replay.headers["idempotent-replayed"] == "true"
         assert replay.json()["id"] == server.accepted[-1]
         restarted.settled()
-        restarted.stop()
     assert sorted(n.id for n in read(restarted.log)) == sorted(server.accepted)
 
 
 def test_sigterm_waits_for_what_is_being_delivered(tmp_path):
-    with serve(tmp_path, delay=0.2) as server:
-        server.post()
-        assert server.stop() in (0, -signal.SIGTERM)
-        assert [n.id for n in read(server.log)] == server.accepted
-
-
-def test_a_notifier_of_ones_own_is_called_with_the_same_id_after_a_crash(tmp_path):
     (tmp_path / "own.py").write_text(OWN_NOTIFIER)
-    with gate_shut(tmp_path), serve(tmp_path, app="own:app") as server:
-        server.post()
-        eventually(lambda: ids(tmp_path / "started.txt") == server.accepted)
-        server.kill()
-    with serve(tmp_path, app="own:app") as restarted:
-        eventually(lambda: ids(tmp_path / "sent.txt"))
-        restarted.settled()
+    with serve(tmp_path, app="own:app") as server:
+        with gate_shut(tmp_path):
+            server.post()
+            eventually(lambda: ids(tmp_path / "started.txt") == server.accepted)
+            server.process.terminate()
+            eventually(lambda: "Waiting for background tasks" in server.stderr())
+        assert server.process.wait(20) in (0, -signal.SIGTERM)
     assert ids(tmp_path / "sent.txt") == server.accepted
-    assert ids(tmp_path / "started.txt") == server.accepted * 2
 
 
-def test_a_living_server_delivers_what_a_killed_one_left(tmp_path):
-    with serve(tmp_path, delay=AN_HOUR) as first, serve(tmp_path) as second:
+@together()
+def test_a_notifier_of_ones_own_is_called_with_the_same_id_after_a_crash(folder):
+    (folder / "own.py").write_text(OWN_NOTIFIER)
+    with gate_shut(folder), serve(folder, app="own:app") as server:
+        server.post()
+        eventually(lambda: ids(folder / "started.txt") == server.accepted)
+        server.kill()
+    with serve(folder, app="own:app") as restarted:
+        eventually(lambda: ids(folder / "sent.txt"))
+        restarted.settled()
+    assert ids(folder / "sent.txt") == server.accepted
+    assert ids(folder / "started.txt") == server.accepted * 2
+
+
+@together()
+def test_a_living_server_delivers_what_a_killed_one_left(folder):
+    with serve(folder, delay=AN_HOUR) as first, serve(folder) as second:
         for _ in range(3):
             first.post()
             second.post()
@@ -2122,21 +2214,22 @@ def test_a_living_server_delivers_what_a_killed_one_left(tmp_path):
     assert sorted(n.id for n in read(second.log)) == sorted(first.accepted + second.accepted)
 
 
-def test_of_two_workers_one_killed_loses_nothing(tmp_path):
-    (tmp_path / "own.py").write_text(OWN_NOTIFIER)
-    with serve(tmp_path, "--workers", "2", app="own:app") as server:
-        pids = eventually(lambda: len(found := list(tmp_path.glob("pid-*"))) == 2 and found)
-        started = tmp_path / "started.txt"
+@together()
+def test_of_two_workers_one_killed_loses_nothing(folder):
+    (folder / "own.py").write_text(OWN_NOTIFIER)
+    with serve(folder, "--workers", "2", app="own:app") as server:
+        pids = eventually(lambda: len(found := list(folder.glob("pid-*"))) == 2 and found)
+        started = folder / "started.txt"
 
         def both_have_some():
             server.talk(request())
             return started.exists() and len({line.split()[0] for line in started.read_text().splitlines()}) == 2
 
-        with gate_shut(tmp_path):
+        with gate_shut(folder):
             eventually(both_have_some)
             os.kill(int(pids[0].name.removeprefix("pid-")), signal.SIGKILL)
-        eventually(lambda: set(server.accepted) <= set(ids(tmp_path / "sent.txt")))
-    assert Counter(ids(tmp_path / "sent.txt")).keys() == set(server.accepted)
+        eventually(lambda: set(server.accepted) <= set(ids(folder / "sent.txt")))
+    assert Counter(ids(folder / "sent.txt")).keys() == set(server.accepted)
 
 
 def test_killed_again_and_again_under_load_every_line_is_there_once(tmp_path):
@@ -2208,13 +2301,16 @@ def test_the_readmes_first_page_shows_what_really_happens(tmp_path):
     assert (written.email, written.message) == (line[3], line[4])
 
 
-def test_the_readme_names_every_setting_and_no_other():
-    settings = {f"NOTIFY_{name.upper()}" for name in inspect.signature(create_app).parameters if name != "notify"}
-    assert set(re.findall(r"NOTIFY_[A-Z_]*[A-Z]", README.read_text())) == settings
+def test_the_readme_names_every_setting_and_its_default_and_no_other():
+    parameters = inspect.signature(create_app).parameters
+    variables = {name: f"`NOTIFY_{name.upper()}`" for name in parameters} | {"notify": ""}
+    rows = re.findall(r"^\| `(\w+)` \| (\S*) ?\| `(\S+)` \|", README.read_text(), re.MULTILINE)
+    assert rows == [(name, variables[name], repr(parameter.default)) for name, parameter in parameters.items()]
 
 
 def test_each_promise_of_the_readme_has_its_tests():
-    tests = [name for name in globals() if name.startswith("test_")]
+    sources = [(HERE / path).read_text() for path in ("test_service.py", ".ci/test_wide.py")]
+    tests = [name for source in sources for name in re.findall(r"^(?:async )?def (test_\w+)", source, re.MULTILINE)]
     promises = README.read_text().partition("| promise |")[2].partition("\n\n")[0].splitlines()[2:]
     choices = [re.fullmatch(r'\| .+ \| `"(.+)"` \|', promise)[1] for promise in promises]
     assert len(choices) == 7

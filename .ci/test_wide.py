@@ -434,7 +434,7 @@ def test_every_host_gets_one_line_for_each_post(tmp_path: Path, host: str) -> No
 
 
 @pytest.mark.parametrize("lifespan", ["its lifespan composed", "no lifespan"])
-def test_a_host_that_raises_after_the_answer_was_made_harms_no_notification(tmp_path: Path, lifespan: str) -> None:
+def test_a_host_that_raises_after_the_answer_was_made_loses_nothing(tmp_path: Path, lifespan: str) -> None:
     after = "if 'raise' in request.headers: raise RuntimeError('the host raises')"
     source = MIDDLEWARE.format(after=after)
     if lifespan != "no lifespan":
@@ -662,7 +662,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path, way: str) -> None:
 # -------------------------------------------------------------------------------------------------- real disks
 
 
-def test_while_the_outbox_has_no_room_nothing_is_promised(tmp_path: Path) -> None:
+def test_while_the_outbox_has_no_room_it_promises_nothing(tmp_path: Path) -> None:
     kept: dict[str, str] = {}
 
     def refused() -> bool:
@@ -746,7 +746,7 @@ def test_a_small_disk_is_not_filled_by_what_is_delivered(tmp_path: Path) -> None
         assert_exactly_once(clients.kept, tmp_path, small / "outbox")
 
 
-def test_while_the_log_has_no_room_answers_go_on_and_the_lines_come_later(tmp_path: Path) -> None:
+def test_while_the_log_has_no_room_answers_go_on_and_it_heals_by_itself(tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "2m") as small, Server(tmp_path) as server:
         server.start(log=small / "log.txt")
         kept = server.post("before")
@@ -777,7 +777,7 @@ CRASHES: dict[str, tuple[tuple[str, ...], dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("crash", CRASHES)
-def test_kill_again_and_again_under_load(tmp_path: Path, crash: str) -> None:
+def test_killed_again_and_again_under_load_every_line_is_there_once(tmp_path: Path, crash: str) -> None:
     options, settings, size = CRASHES[crash]
     with Server(tmp_path, *UVICORN, *options) as server:
         with Clients(server.start(**settings), size=size) as clients:
@@ -794,7 +794,7 @@ def test_kill_again_and_again_under_load(tmp_path: Path, crash: str) -> None:
         eventually(lambda: server.pending() == 0)
 
 
-def test_kill_in_the_middle_of_a_write(tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_a_write_nothing_is_torn(tmp_path: Path) -> None:
     """What is left is written many lines at once, and the server killed as soon as the log grows."""
 
     def size() -> int:
@@ -886,7 +886,7 @@ def test_nobody_takes_the_work_of_a_server_that_is_paused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("way", ["Ctrl-C twice", "a graceful timeout"])
-def test_a_stop_that_does_not_wait_loses_nothing(tmp_path: Path, way: str) -> None:
+def test_a_stop_with_no_patience_loses_nothing(tmp_path: Path, way: str) -> None:
     patience = "1" if way == "a graceful timeout" else "60"
     with Server(tmp_path, *UVICORN, "--timeout-graceful-shutdown", patience) as server:
         kept = server.start(delay=30).post(*map(str, range(20)))
