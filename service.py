@@ -279,7 +279,7 @@ class _Group:
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
-        self._entries: list[tuple[_Entry, Any, Any]] = []  # each with its event, and how to call its loop
+        self.entries: list[tuple[_Entry, Any, Any]] = []  # each with its event, and how to call its loop
         self._rounds: dict[Any, Any] = {}  # for each loop, what is set when the next round is done
         self._changed = threading.Condition()
         self._threads = 0
@@ -300,7 +300,7 @@ class _Group:
                 if self._threads:
                     at_end_of_turn(at_end_of_turn, self.wake)
             done = self._rounds[loop]
-            self._entries.append((entry, done, call_soon))
+            self.entries.append((entry, done, call_soon))
         while not (self._threads or self.wake()):  # as none can be had now
             await anyio.sleep(_LINGER)
         await done.wait()
@@ -316,11 +316,6 @@ class _Group:
                     self._threads += 1
             return self._threads > 0
 
-    def wake_if_waiting(self) -> None:
-        """Have the threads that could not be had before."""
-        if self._entries:
-            self.wake()
-
     def _work(self) -> None:
         while (taken := self._next_round()) is not None:
             try:
@@ -334,12 +329,12 @@ class _Group:
 
     def _next_round(self) -> list[tuple[_Entry, Any, Any]] | None:
         with self._changed:
-            if not self._changed.wait_for(lambda: self._entries, _LINGER) and not self._woken:
+            if not self._changed.wait_for(lambda: self.entries, _LINGER) and not self._woken:
                 self._threads -= 1
                 return None
             self._woken, self._rounds = False, {}
-            most = 1 if self._max_threads else len(self._entries)
-            taken, self._entries = self._entries[:most], self._entries[most:]
+            most = 1 if self._max_threads else len(self.entries)
+            taken, self.entries = self.entries[:most], self.entries[most:]
             return taken
 
 
@@ -805,8 +800,9 @@ class _Relay:
 
     def _step(self, tasks: TaskGroup) -> None:
         """Start to deliver what is due."""
-        self._outbox.writer.wake_if_waiting()
-        self._group.wake_if_waiting()
+        for group in (self._outbox.writer, self._group):
+            if group.entries:  # perhaps as no thread could be had
+                group.wake()
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
         room = max(0, self._most_in_hand - len(self._in_relay))
