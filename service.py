@@ -754,8 +754,7 @@ class _Relay:
         error = None
         async with anyio.create_task_group() as tasks, anyio.create_task_group() as clock:
             self._lifespans.add(clock)
-            clock.start_soon(self._keep_adopting)
-            clock.start_soon(self._keep_delivering, tasks)
+            clock.start_soon(self._keep_time, clock, tasks)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
@@ -775,21 +774,17 @@ class _Relay:
         if error:
             raise error
 
-    async def _keep_adopting(self) -> None:
-        while True:
-            await self._adopt()
-            await anyio.sleep(_LOOK)
-
-    async def _keep_delivering(self, tasks: TaskGroup) -> None:
+    async def _keep_time(self, clock: TaskGroup, tasks: TaskGroup) -> None:
         pause = _POLL
         while True:
+            clock.start_soon(self._adopt)  # beside what is due, as it may take long to search the log
             await anyio.sleep(pause)
             await anyio.lowlevel.checkpoint_if_cancelled()  # a sleep that is over may end all the same
             self._step(tasks)
             pause = _POLL if self._outbox.pending else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
-        """Take over what the dead left; beside what is due, as it may take long to search the log."""
+        """Take over what the dead left."""
         if time.monotonic() < self._next_look or self._outbox.adopting.locked():
             return
         self._next_look = time.monotonic() + _LOOK
