@@ -595,16 +595,12 @@ class _Outbox:
         workers = {worker for (worker,) in self._adopt_db.execute(_OWNERS)}
         workers |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
         dead: list[str] = []
-        workers.discard(self._worker)
-        if not workers:
-            return dead
-        with _locked(self._in_folder("outbox.lock")):  # nobody is about to take a lock of his own
-            for worker in workers:
-                lock = self._in_folder(f"{worker}.lock")
-                with suppress(sqlite3.Error):  # it lives, or it is no lock of ours
-                    with _locked(lock, wait=0):
-                        dead.append(worker)
-                    lock.unlink(missing_ok=True)
+        for worker in workers - {self._worker}:
+            lock = self._in_folder(f"{worker}.lock")
+            with _locked(self._in_folder("outbox.lock")), suppress(sqlite3.Error):  # nobody is about to take his own
+                with _locked(lock, wait=0):  # or raise: it lives, or it is no lock of ours
+                    dead.append(worker)
+                lock.unlink(missing_ok=True)
         return dead
 
     def _claim(self, dead: list[str]) -> None:
