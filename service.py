@@ -165,8 +165,7 @@ class _Api:
         return _Answer(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
 
     async def health(self, request: Request) -> Response:
-        error = await self._outbox.probe()
-        pending, failed = self._outbox.count()
+        error, pending, failed = await self._outbox.probe()
         code, headers, status = (503, _RETRY, f"the outbox cannot be written: {error}") if error else (200, None, "ok")
         content = {"status": status, "pending": pending, "failed": failed}
         return _Answer(content, code, headers, background=BackgroundTask(self._relay.catch_up))
@@ -427,16 +426,13 @@ class _Outbox:
             raise HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         return entry
 
-    async def probe(self) -> Exception | None:
-        """Why the outbox cannot be written, if so. What was put before it is written first."""
+    async def probe(self) -> tuple[Exception | None, int, int]:
+        """Why the outbox cannot be written, if so; how many are pending; of how many the last attempt failed."""
         nothing = _Entry("")
-        await self.writer.run(nothing)
-        return nothing.error
-
-    def count(self) -> tuple[int, int]:
-        """How many are pending, and of how many the last attempt failed."""
+        await self.writer.run(nothing)  # and so what was put before it is written first
         entries = list(self.pending.values())
-        return sum(entry.due < math.inf for entry in entries), sum(entry.since is not None for entry in entries)
+        failed = sum(entry.since is not None for entry in entries)
+        return nothing.error, sum(entry.due < math.inf for entry in entries), failed
 
     def take(self, entry: _Entry) -> bool:
         """Whether the entry is the caller's to deliver, as it is for the first who asks."""
