@@ -310,24 +310,22 @@ def outcomes(anyio_backend, tmp_path_factory):
 
 
 class Server:
-    def __init__(self, process: subprocess.Popen, folder: Path, stderr: Path) -> None:
-        self.process = process
-        self.log, self.outbox = folder / "log.txt", folder / "outbox"
+    def __init__(self, process: subprocess.Popen, output: Path, prefix: str, log: Path, outbox: Path) -> None:
+        self.process, self.log, self.outbox = process, log, outbox
         self.accepted: list[str] = []  # the ids of all that was acknowledged
-        self._stderr = stderr
-        self.port = 0
+        self.port, self._output, self._prefix = 0, output, prefix
 
     def ready(self) -> bool:
-        assert self.process.poll() is None, self.stderr()
-        if not self.port and (running := re.search(r"running on http://127\.0\.0\.1:(\d+)", self.stderr())):
-            self.port = int(running[1])
-            self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        assert self.process.poll() is None, self.output()
+        if not self.port and (listening := re.search(r" (http://127\.0\.0\.1:(\d+))", self.output())):
+            self.port = int(listening[2])
+            self.http = httpx.Client(base_url=listening[1] + self._prefix, timeout=30)
         with suppress(httpx.TransportError):
             return bool(self.port) and self.http.get("/health").status_code == 200
         return False
 
-    def stderr(self) -> str:
-        return self._stderr.read_text()
+    def output(self) -> str:
+        return self._output.read_text()
 
     def post(self, message: str | None = None, **options) -> httpx.Response:
         response = self.http.post(PATH, json={} if message is None else {"message": message}, **options)
@@ -356,6 +354,9 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        if self.port:
+            self.http.close()
+            self.port = 0  # it may be another's now
 
 
 def environment(**settings) -> dict[str, str]:
@@ -365,28 +366,61 @@ def environment(**settings) -> dict[str, str]:
 
 
 @contextmanager
-def serve(folder: Path, *options: str, app="service:app", ready=True, quiet=True, **settings):
-    """A uvicorn of its own process group, on a free port, with everything it writes in the folder.
+def serve(folder: Path, *options: str, app="service:app", command=None, prefix="", ready=True, quiet=True, **settings):
+    """A uvicorn, or the command, of its own process group, on a free port, with everything it writes in the folder.
 
-    ready: wait for /health. quiet: there must be no traceback in what it wrote to stderr.
+    prefix: where the service is mounted. ready: wait for /health. quiet: there must be no traceback in its output.
     """
-    env = environment(**{"log": folder / "log.txt", "outbox": folder / "outbox"} | settings)
-    command = [sys.executable, "-W", "error", "-m", "uvicorn", app, "--port", "0", "--ws", "none", "--no-access-log"]
-    where = {"cwd": folder, "env": env, "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    stderr = folder / f"stderr-{len(list(folder.glob('stderr-*')))}.txt"
-    with stderr.open("wb") as file:
-        process = subprocess.Popen([*command, *options], **where, stderr=file, start_new_session=True)
-    server = Server(process, folder, stderr)
+    settings = {"log": folder / "log.txt", "outbox": folder / "outbox"} | settings
+    uvicorn = [sys.executable, "-W", "error", "-m", "uvicorn", app, "--port", "0", "--ws", "none", "--no-access-log"]
+    where = {"cwd": folder, "env": environment(**settings), "stdin": subprocess.DEVNULL, "start_new_session": True}
+    output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+    with output.open("wb") as file:
+        process = subprocess.Popen(command or [*uvicorn, *options], **where, stdout=file, stderr=file)
+    server = Server(process, output, prefix, settings["log"], settings["outbox"])
     try:
         if ready:
             eventually(server.ready)
         yield server
     finally:
         server.kill()
-        if server.port:
-            server.http.close()
     if quiet and ready:
-        assert "Traceback" not in server.stderr(), server.stderr()
+        assert "Traceback" not in server.output(), server.output()
+
+
+class Clients:
+    """Threads that post as fast as they are answered, to whatever their server is at the moment."""
+
+    def __init__(self, server=None, sizes=(12,)):
+        self.server, self._sizes, self._stop = server, sizes, threading.Event()
+        self.kept: dict[str, str] = {}  # the id and message of each 202
+
+    def __enter__(self):
+        self._threads = ThreadPoolExecutor(16)
+        self._ends = [self._threads.submit(self._post) for _ in range(16)]
+        return self
+
+    def __exit__(self, *exc):
+        self._stop.set()
+        with self._threads:
+            for end in self._ends:
+                end.result()  # raises what was no 202
+
+    def more(self, number: int) -> None:
+        """Wait until so many more were kept."""
+        goal = len(self.kept) + number
+        eventually(lambda: len(self.kept) >= goal, within=120)
+
+    def _post(self):
+        while not self._stop.wait(0.05):  # until there is a server again
+            connection = http.client.HTTPConnection("127.0.0.1", self.server.port if self.server else 0, timeout=10)
+            with closing(connection), suppress(OSError, http.client.HTTPException):
+                while not self._stop.is_set():
+                    message = str(random.random()).ljust(random.choice(self._sizes), "x")
+                    connection.request("POST", PATH, json.dumps({"message": message}), JSON)
+                    answer = connection.getresponse()
+                    assert answer.status == 202
+                    self.kept[json.load(answer)["id"]] = message
 
 
 # ---------------------------------------------------------------------------------------------------- rules
@@ -1944,12 +1978,12 @@ def server(request, tmp_path_factory):
 
 @pytest.fixture
 def live(server):
-    """A real server; after each test its log has exactly one line for each 202, and its stderr no traceback."""
+    """A real server; after each test its log has exactly one line for each 202, and its output no traceback."""
     yield server
     eventually(lambda: sorted(ids(server.log)) == sorted(server.accepted))
     assert len(read(server.log)) == len(server.accepted)
-    assert "Traceback" not in server.stderr(), server.stderr()
-    assert "Exception" not in server.stderr(), server.stderr()
+    assert "Traceback" not in server.output(), server.output()
+    assert "Exception" not in server.output(), server.output()
 
 
 def request(path=TARGET, *headers: bytes, body=b"", method=b"POST", length=True) -> bytes:
@@ -2032,7 +2066,7 @@ def test_errors_leave_the_connection_to_the_next_request(live):
 def test_a_client_that_leaves_in_mid_body_is_no_error_and_notifies_nobody(live, reset, chunked):
     part = in_chunks(BODY)[:-5] if chunked else b'{"message": '
     data = request(TARGET, MEDIA, CHUNKED if chunked else b"Content-Length: 100", body=part, length=False)
-    before = live.stderr()
+    before = live.output()
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", live.port), timeout=10) as sock:
             sock.sendall(data)
@@ -2040,7 +2074,7 @@ def test_a_client_that_leaves_in_mid_body_is_no_error_and_notifies_nobody(live, 
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     for _ in range(5):
         live.post()
-    assert live.stderr() == before
+    assert live.output() == before
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -2132,7 +2166,7 @@ def test_answers_on_one_connection_wait_for_no_notifier_and_survive_one_that_rai
             server.settled(pending=6, failed=3)
             assert ids(tmp_path / "sent.txt") == []
         eventually(lambda: len(ids(tmp_path / "sent.txt")) == 3)
-        assert "the mail is down" in server.stderr()
+        assert "the mail is down" in server.output()
 
 
 def test_a_server_does_not_start_on_a_damaged_outbox(dead, tmp_path, outbox):
@@ -2141,8 +2175,8 @@ def test_a_server_does_not_start_on_a_damaged_outbox(dead, tmp_path, outbox):
     before = contents(tmp_path)
     with serve(tmp_path, ready=False) as server:
         assert server.process.wait(20) != 0
-    assert str(outbox) in server.stderr()
-    assert {path: data for path, data in contents(tmp_path).items() if "stderr" not in path} == before
+    assert str(outbox) in server.output()
+    assert {path: data for path, data in contents(tmp_path).items() if "output" not in path} == before
 
 
 # ---------------------------------------------------------------------------------------------------- crash
@@ -2163,7 +2197,7 @@ def test_what_was_acknowledged_is_written_exactly_once_after(folder, options, si
         assert ids(server.log) == []
         for number in signals:
             server.process.send_signal(number)
-            eventually(lambda: server.process.poll() is not None or "Shutting down" in server.stderr())
+            eventually(lambda: server.process.poll() is not None or "Shutting down" in server.output())
         server.process.wait(20)
     with serve(folder) as restarted:
         eventually(lambda: len(ids(restarted.log)) >= 6)
@@ -2181,7 +2215,7 @@ def test_sigterm_waits_for_what_is_being_delivered(tmp_path):
             server.post()
             eventually(lambda: ids(tmp_path / "started.txt") == server.accepted)
             server.process.terminate()
-            eventually(lambda: "Waiting for background tasks" in server.stderr())
+            eventually(lambda: "Waiting for background tasks" in server.output())
         assert server.process.wait(20) in (0, -signal.SIGTERM)
     assert ids(tmp_path / "sent.txt") == server.accepted
 
@@ -2233,33 +2267,17 @@ def test_of_two_workers_one_killed_loses_nothing(folder):
 
 
 def test_killed_again_and_again_under_load_every_line_is_there_once(tmp_path):
-    acknowledged = []
-
-    def ask(port):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        with closing(connection), suppress(OSError, http.client.HTTPException, ValueError):
-            while True:
-                connection.request("POST", PATH, json.dumps({"message": "x" * random.choice([10, 9000])}), JSON)
-                acknowledged.append(json.load(connection.getresponse())["id"])
-
-    for more in (100, 200):
-        with serve(tmp_path) as server:
-            threads = [threading.Thread(target=ask, args=[server.port]) for _ in range(8)]
-            for thread in threads:
-                thread.start()
-            goal = len(acknowledged) + more
-            eventually(lambda: len(acknowledged) >= goal)  # noqa: B023
-            server.kill()
-            for thread in threads:
-                thread.join()
+    with Clients(sizes=(10, 9000)) as clients:
+        for more in (100, 200):
+            with serve(tmp_path) as clients.server:
+                clients.more(more)
     with serve(tmp_path) as server:
-        eventually(lambda: set(acknowledged) <= set(ids(server.log)))
-        server.settled()
         server.post()
-        eventually(lambda: server.accepted[0] in ids(server.log))
-    lines = Counter(n.id for n in read(server.log))
-    assert set(acknowledged) <= lines.keys()
-    assert max(lines.values()) == 1
+        eventually(lambda: {*clients.kept, *server.accepted} <= set(ids(server.log)))
+        server.settled()
+    lines = read(server.log)
+    assert clients.kept.items() <= {(n.id, n.message) for n in lines}
+    assert len({n.id for n in lines}) == len(lines)
 
 
 # --------------------------------------------------------------------------------------------------- README
