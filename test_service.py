@@ -2319,6 +2319,12 @@ def test_the_readmes_first_page_shows_what_really_happens(tmp_path):
     assert (written.email, written.message) == (line[3], line[4])
 
 
+def test_the_readmes_query_shows_what_is_kept(left, outbox):
+    [query] = re.findall(r'^sqlite3 outbox/outbox.db "(.+)"$', README.read_text(), re.MULTILINE)
+    with closing(sqlite3.connect(outbox / "outbox.db")) as db:
+        assert [_parse(line).id for [line] in db.execute(query)] == left
+
+
 def test_the_readme_names_every_setting_and_its_default_and_no_other():
     parameters = inspect.signature(create_app).parameters
     variables = {name: f"`NOTIFY_{name.upper()}`" for name in parameters} | {"notify": ""}
