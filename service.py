@@ -430,7 +430,7 @@ class _Outbox:
         """Why the outbox cannot be written, if so; how many are pending; of how many the last attempt failed."""
         nothing = _Entry("")
         await self.writer.run(nothing)  # and so what was put before it is written first
-        entries = list(self.pending.values())
+        entries = {*self.pending.values(), *self._unsearched}
         failed = sum(entry.since is not None for entry in entries)
         return nothing.error, sum(entry.due < math.inf for entry in entries), failed
 
@@ -579,12 +579,12 @@ class _Outbox:
                 return
             log.info("looking in the log for %d notifications that the dead left", len(self._unsearched))
             delivered = find_delivered({entry.line[_ID] for entry in self._unsearched})
-            left, self._unsearched = self._unsearched, []
-            self.delete([entry for entry in left if entry.line[_ID] in delivered])
-            for entry in left:
+            self.delete([entry for entry in self._unsearched if entry.line[_ID] in delivered])
+            for entry in self._unsearched:
                 if entry.line[_ID] not in delivered:
                     self._adopted.add(entry.seq)
                     self.pending[entry.seq] = self.waiting[entry.seq] = entry
+            self._unsearched = []
 
     def _find_dead(self) -> list[str]:
         """The workers whose lock nobody holds. No name is used twice: they stay dead, and their locks can go."""
@@ -593,10 +593,13 @@ class _Outbox:
         dead: list[str] = []
         for worker in workers - {self._worker}:
             lock = self._in_folder(f"{worker}.lock")
-            with _locked(self._in_folder("outbox.lock")), suppress(sqlite3.Error):  # nobody is about to take his own
-                with _locked(lock, wait=0):  # or raise: it lives, or it is no lock of ours
-                    dead.append(worker)
-                lock.unlink(missing_ok=True)
+            with suppress(sqlite3.Error, FileNotFoundError):  # it lives, or another has just removed it
+                with _locked(lock, wait=0):  # most live, and so nobody waits for outbox.lock
+                    pass
+                with _locked(self._in_folder("outbox.lock")):  # nobody is about to take his own
+                    with _locked(lock, wait=0):
+                        dead.append(worker)
+                    lock.unlink(missing_ok=True)
         return dead
 
     def _claim(self, dead: list[str]) -> None:

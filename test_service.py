@@ -1727,6 +1727,7 @@ async def test_retries_and_answers_go_on_while_the_log_is_searched(folder):
         async with lifespan(app) if served else nullcontext(), anyio.create_task_group() as tasks:
             tasks.start_soon(health, app)
             await soon(lambda: len(searching) == 2)
+            assert await health(app) == counts(pending=1)
             failed = (await post(app)).json()["id"]
             log.rmdir()
             if not served:
