@@ -262,8 +262,8 @@ def cases(names: str, rows: dict):
 
 
 def shown(value) -> str:
-    """The id of a case that is its own name."""
-    return ascii(value)[:60]
+    """The id of a case that is its own name, and no other's."""
+    return f"{value!a:.50} {len(value)}"
 
 
 TOGETHER = {}
