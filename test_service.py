@@ -270,9 +270,9 @@ TOGETHER = {}
 
 
 def together(**ways):
-    """Make a test of a function that is called with a folder, for each of the ways with these arguments, too.
+    """Make tests of the function: one for each way, which calls it with a folder of its own and the way's arguments.
 
-    Such tests run at the same time, when the first of them is asked for, as they wait for the service's own pauses.
+    All run at the same time, when the first is asked for, as they wait for the service's own pauses.
     """
     ways = ways or {"": ()}
 
@@ -297,7 +297,7 @@ def outcomes(anyio_backend, tmp_path_factory):
         call = functools.partial(function, tmp_path_factory.mktemp("together"), *TOGETHER[function, way])
         try:
             await (call() if inspect.iscoroutinefunction(function) else anyio.to_thread.run_sync(call))
-        except Exception as exc:
+        except BaseException as exc:  # pytest.fail, too
             ended[function, way] = exc
 
     async def run_all():
