@@ -1753,15 +1753,19 @@ async def test_a_log_that_hangs_holds_up_no_start(tmp_path, log, outbox):
     reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
     pipe = fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ)
     more_than_a_pipe_holds = {"message": "\U000e0001" * 10_000}  # of which each is escaped
+
+    async def drained():
+        with suppress(BlockingIOError):
+            os.read(reader, pipe)
+        return await health(app) == counts()
+
     try:
         async with lifespan(create_app(log=log, outbox=outbox)) as app, anyio.create_task_group() as tasks:
             tasks.start_soon(functools.partial(post, app, json=more_than_a_pipe_holds))
             await soon(lambda: fcntl.ioctl(reader, termios.FIONREAD, bytes(4)) == pipe.to_bytes(4, sys.byteorder))
             async with lifespan(create_app(log=tmp_path / "other.txt", outbox=outbox)) as other:
                 assert await health(other) == counts()
-            while await health(app) != counts():
-                with suppress(BlockingIOError):
-                    os.read(reader, pipe)
+            await soon(drained)
     finally:
         os.close(reader)
 
@@ -2016,10 +2020,10 @@ RAW = {
     "chunked over 64 KiB": ({413}, request(TARGET, MEDIA, CHUNKED, body=in_chunks(b" " * 65537), length=False)),
     "10 MB promised": ({413}, request(TARGET, MEDIA, b"Content-Length: 10000000", body=b" " * 65537, length=False)),
     "bad chunk": ({400}, request(TARGET, MEDIA, CHUNKED, body=b"zz\r\n", length=False)),
-    "percent and no digits": ({202, 400, 422}, request(b"/send-notification/%zz%4@example.com")),
+    "percent and no digits": ({202}, request(b"/send-notification/%zz%4@example.com")),
     "raw bytes": ({400, 422}, request("/send-notification/üser@example.com".encode())),
     "raw NUL": ({400, 422}, request(b"/send-notification/user\0@example.com")),
-    "dots": ({405, 422}, request(b"/send-notification/../health")),
+    "dots": ({422}, request(b"/send-notification/../health")),
     "unheard-of method": ({400, 405}, request(method=b"BREW")),
     "no HTTP": ({400}, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"),
     **{shown(target): ({422}, request(b"/send-notification/" + target)) for target in BAD_TARGETS},
@@ -2264,7 +2268,7 @@ def test_of_two_workers_one_killed_loses_nothing(folder):
             eventually(both_have_some)
             os.kill(int(pids[0].name.removeprefix("pid-")), signal.SIGKILL)
         eventually(lambda: set(server.accepted) <= set(ids(folder / "sent.txt")))
-    assert Counter(ids(folder / "sent.txt")).keys() == set(server.accepted)
+    assert set(ids(folder / "sent.txt")) == set(server.accepted)
 
 
 def test_killed_again_and_again_under_load_every_line_is_there_once(tmp_path):
