@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -663,10 +663,9 @@ async def test_what_breaks_within_is_a_500_that_shows_nothing_of_it(app):
 
 
 async def test_the_answer_names_the_notification(app, sent):
-    response = await post(app, json={"message": "hi"})
+    response = await post(app)
     assert response.headers["content-type"] == "application/json"
     assert response.json() == {"id": sent[0].id, "message": "Notification sent in the background"}
-    assert asdict(sent[0]) == {"id": sent[0].id, "email": USER, "message": "hi", "accepted_at": sent[0].accepted_at}
     assert datetime.fromisoformat(sent[0].accepted_at).tzinfo is not None
 
 
@@ -975,18 +974,14 @@ async def test_blocked_notifiers_leave_the_hosts_thread_pool_free():
         gate.open()
 
 
-async def test_by_default_it_writes_log_txt_and_outbox_here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    response = await post(create_app())
-    assert [n.id for n in read(tmp_path / "log.txt")] == [response.json()["id"]]
-    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "outbox"}
-
-
 @pytest.mark.parametrize("kind", [str, Path])
-async def test_log_and_outbox_may_be_str_or_path(tmp_path, kind):
-    await post(create_app(log=kind(tmp_path / "a.log"), outbox=kind(tmp_path / "b" / "c")))
-    assert len(read(tmp_path / "a.log")) == 1
-    assert (tmp_path / "b" / "c").is_dir()
+async def test_by_default_log_txt_and_outbox_are_here_and_both_may_be_str_or_path(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    await post(create_app())
+    await post(create_app(log=kind("a.log"), outbox=kind("b/c")))
+    assert len(read(tmp_path / "log.txt")) == len(read(tmp_path / "a.log")) == 1
+    assert {str(path) for path in Path().glob("*")} == {"log.txt", "outbox", "a.log", "b"}
+    assert Path("b/c").is_dir()
 
 
 async def test_a_memory_outbox_keeps_nothing_on_disk(sent, tmp_path, monkeypatch):
