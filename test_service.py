@@ -137,14 +137,6 @@ def as_async(function):
     return call
 
 
-def place(folder, kept: bool):
-    """Where an outbox is in the folder; or, if it is not to be kept, in memory."""
-    return folder / "outbox" if kept else ":memory:"
-
-
-KEPT_OR_NOT = {"on disk": (True,), "in memory": (False,)}
-
-
 def raises(_):
     """A notifier, or whatever is called with one thing, that fails."""
     raise RuntimeError("the mail is down")
@@ -1233,7 +1225,7 @@ async def test_what_was_adopted_and_not_begun_is_anothers_when_the_lifespan_is_o
     assert (len(gate.sent), len(sent)) == (500, 3 * 2**8 - 500)
 
 
-BEFORE_A_CRASH = {
+BEFORE_A_CRASH = {  # the log, where its line is after the crash, and how this ends
     "in the log": ("log.txt", "log.txt", "one\n"),
     "torn": ("log.txt", "log.txt", "on"),
     "renamed": ("log.txt", "log.txt.1", "one\n"),
@@ -1325,20 +1317,18 @@ class UnprintableError(Exception):
 
 
 DOWN = RuntimeError("the mail is down")
-FAILING = {  # kept, kind, failure, and what the log says of it
-    "def": (True, "def", DOWN, "the mail is down"),
-    "async def": (True, "async def", DOWN, "the mail is down"),
-    "def, in memory": (False, "def", DOWN, "the mail is down"),
-    "async def, in memory": (False, "async def", DOWN, "the mail is down"),
-    "unprintable": (False, "async def", UnprintableError(), "UnprintableError"),
-    "SystemExit": (False, "async def", SystemExit(), "SystemExit"),
-    "GeneratorExit": (False, "async def", GeneratorExit(), "GeneratorExit"),
-    "CancelledError": (False, "async def", asyncio.CancelledError(), "CancelledError"),
+FAILING = {  # a def or an async def, with what it fails, and what the log says of it
+    "def": (False, DOWN, "the mail is down"),
+    "async def": (True, DOWN, "the mail is down"),
+    "unprintable": (True, UnprintableError(), "UnprintableError"),
+    "SystemExit": (True, SystemExit(), "SystemExit"),
+    "GeneratorExit": (True, GeneratorExit(), "GeneratorExit"),
+    "CancelledError": (True, asyncio.CancelledError(), "CancelledError"),
 }
 
 
 @together(**FAILING)
-async def test_a_notification_that_fails_is_tried_again_after_growing_pauses(folder, kept, kind, failure, told):
+async def test_a_notification_that_fails_is_tried_again_after_growing_pauses(folder, is_async, failure, told):
     calls, times = [], []
 
     def notify(notification):
@@ -1348,7 +1338,7 @@ async def test_a_notification_that_fails_is_tried_again_after_growing_pauses(fol
             if len(times) <= 2:
                 raise failure
 
-    app = create_app(notify if kind == "def" else as_async(notify), outbox=place(folder, kept))
+    app = create_app(as_async(notify) if is_async else notify, outbox=folder / "outbox")
     with warnings() as warned:
         async with lifespan(app):
             bad = await post(app, json={"message": "bad"})
@@ -1364,8 +1354,8 @@ async def test_a_notification_that_fails_is_tried_again_after_growing_pauses(fol
     assert told in of_bad[0]
 
 
-@together(**KEPT_OR_NOT)
-async def test_a_host_that_raises_after_the_answer_was_made_loses_nothing(folder, kept):
+@together()
+async def test_a_host_that_raises_after_the_answer_was_made_loses_nothing(folder):
     gate, calls = Gate(), []
 
     def notify(notification):
@@ -1379,7 +1369,7 @@ async def test_a_host_that_raises_after_the_answer_was_made_loses_nothing(folder
             raise RuntimeError
         return response
 
-    app = create_app(notify, outbox=place(folder, kept))
+    app = create_app(notify, outbox=folder / "outbox")
     middleware = [Middleware(BaseHTTPMiddleware, dispatch=dispatch)]
     host = Starlette(routes=[Mount("/notify", app)], middleware=middleware, lifespan=lambda host: lifespan(app))
     transport = httpx.ASGITransport(host, raise_app_exceptions=False)
@@ -1457,10 +1447,11 @@ async def test_what_fails_is_tried_again_though_600_others_do_not_return(folder)
         gate.set()
 
 
-@together(**KEPT_OR_NOT)
-async def test_a_task_that_comes_when_the_relay_has_delivered_does_nothing(folder, kept):
+@together()
+async def test_a_task_that_comes_when_the_relay_has_delivered_does_nothing(folder):
+    """Not even with the notification that came next, and of which it might have the number."""
     sent = []
-    app = create_app(sent.append, outbox=place(folder, kept))
+    app = create_app(sent.append, outbox=folder / "outbox")
     may_end = {"/send-notification/a@b.c": anyio.Event(), PATH: anyio.Event()}
 
     async def slow_host(scope, receive, send):
