@@ -29,7 +29,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from dataclasses import FrozenInstanceError
 from datetime import UTC, datetime
 from pathlib import Path
@@ -1710,7 +1710,9 @@ async def test_retries_and_answers_go_on_while_the_log_is_searched(folder):
         log.with_name("log.txt.1").touch()
         log.mkdir()
         app = create_app(log=log, outbox=outbox)
-        async with lifespan(app) if served else nullcontext(), anyio.create_task_group() as tasks:
+        served_or_not = lifespan(app) if served else nullcontext()
+        async with served_or_not, anyio.create_task_group() as tasks, AsyncExitStack() as at_end:
+            at_end.callback(searched.set)
             tasks.start_soon(health, app)
             await soon(lambda: len(searching) == 2)
             assert await health(app) == counts(pending=1)
