@@ -280,7 +280,8 @@ class _Group:
         self._handle, self._max_threads = handle, max_threads
         self.entries: list[tuple[_Entry, Any, Any]] = []  # each with its event, and how to call its loop
         self._rounds: dict[Any, Any] = {}  # for each loop, what is set when the next round is done
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._threads = 0
         self._woken = False
 
@@ -293,7 +294,7 @@ class _Group:
         except RuntimeError:
             loop, event = anyio.lowlevel.current_token().native_token, anyio.Event  # trio's
             at_end_of_turn = call_soon = loop.run_sync_soon
-        with self._changed:
+        with self._lock:
             if loop not in self._rounds or self._max_threads:
                 self._rounds[loop] = event()
                 if self._threads:
@@ -306,7 +307,7 @@ class _Group:
 
     def wake(self) -> bool:
         """Have a thread look for entries, and if there are none, for what was put off; False: none can be had."""
-        with self._changed:
+        with self._lock:
             self._woken = True
             self._changed.notify()
             if self._threads < max(1, self._max_threads):
@@ -327,7 +328,7 @@ class _Group:
                     call_soon(done.set)
 
     def _next_round(self) -> list[tuple[_Entry, Any, Any]] | None:
-        with self._changed:
+        with self._lock:
             if not self._changed.wait_for(lambda: self.entries, _LINGER) and not self._woken:
                 self._threads -= 1
                 return None
@@ -911,9 +912,9 @@ class _LogFile:
 
     def append(self, lines: list[str]) -> None:
         """Append all lines, or raise and append none; an error with a context: some may stay, as to cut them failed."""
-        data = "".join(f"{line}\n" for line in lines).encode()
-        if not data:
+        if not lines:
             return
+        data = "\n".join([*lines, ""]).encode()
         with _exclusive(self._outbox.log_lock):  # which keeps the lines of all its workers apart
             file = self._open()
             end = _cut_torn_line(file) if file.readable() else None
