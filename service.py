@@ -34,7 +34,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -591,17 +591,21 @@ class _Outbox:
         """The workers whose lock nobody holds. No name is used twice: they stay dead, and their locks can go."""
         workers = {worker for (worker,) in self._adopt_db.execute(_OWNERS)}
         workers |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
-        dead: list[str] = []
-        for worker in workers - {self._worker}:
-            lock = self._in_folder(f"{worker}.lock")
-            with suppress(sqlite3.Error, FileNotFoundError):  # it lives, or another has just removed it
-                with _locked(lock, wait=0):  # most live, and so nobody waits for outbox.lock
-                    pass
-                with _locked(self._in_folder("outbox.lock")):  # nobody is about to take his own
-                    with _locked(lock, wait=0):
-                        dead.append(worker)
-                    lock.unlink(missing_ok=True)
+        perhaps = self._find_free(workers - {self._worker})
+        if not perhaps:  # as when all live: nobody who starts has to wait
+            return []
+        with _locked(self._in_folder("outbox.lock")):  # nobody is about to take a lock of his own
+            dead = self._find_free(perhaps)
+            for worker in dead:
+                self._in_folder(f"{worker}.lock").unlink(missing_ok=True)
         return dead
+
+    def _find_free(self, workers: Iterable[str]) -> list[str]:
+        free: list[str] = []
+        for worker in workers:
+            with suppress(sqlite3.Error, FileNotFoundError), _locked(self._in_folder(f"{worker}.lock"), wait=0):
+                free.append(worker)  # or it lives, is no lock of ours, or was just removed
+        return free
 
     def _claim(self, dead: list[str]) -> None:
         """Make ours what the dead left; few in one transaction, as other workers' commits wait for its end."""
