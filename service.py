@@ -103,12 +103,18 @@ class Notification:
     accepted_at: str
 
 
-def _write_line(email: str, message: str) -> str:
-    """One notification is one line: what is not printable is escaped, so that no message can forge another's."""
-    accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6]
+def _write_text(email: str, message: str) -> str:
+    """What is not printable is escaped: one notification is one line, and no message can forge another's."""
     if "\\" in message or not message.isprintable():
         message = "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in message)
-    return f"{accepted_at}Z {secrets.token_hex(16)} notification for {email}: {message}"
+    return f"notification for {email}: {message}"
+
+
+def _write_lines(texts: list[str]) -> list[str]:
+    """Each text with an id of its own. The system is asked once for all: to ask lets another thread take over."""
+    accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6]
+    ids = secrets.token_hex(16 * len(texts))
+    return [f"{accepted_at}Z {ids[32 * i : 32 * i + 32]} {text}" for i, text in enumerate(texts)]
 
 
 def _read_line(line: str) -> Notification:
@@ -380,7 +386,7 @@ _MOST_ADOPTED = 20_000  # notifications that were taken over and not yet tried; 
 class _Entry:
     """A notification on its way."""
 
-    line: str  # "": there is none, and it only asks that what was put off is done
+    line: str  # at first only its text; "": there is none, and it only asks that what was put off is done
     key: str | None = None
     digest: str = ""  # of what came with the key
     seq: int = 0  # in the outbox; 0: it is not there
@@ -419,7 +425,7 @@ class _Outbox:
     async def accept(self, email: str, message: str, key: str | None) -> _Entry:
         """Keep a notification, or raise the HTTPException that says why not."""
         digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest() if key else ""
-        entry = _Entry(_write_line(email, message), key, digest)
+        entry = _Entry(_write_text(email, message), key, digest)
         await self.writer.run(entry)
         if isinstance(entry.error, HTTPException):
             raise entry.error
@@ -469,6 +475,8 @@ class _Outbox:
         if not new and not undeleted:
             return
         lines = [entry for entry in new if entry.line]
+        for entry, line in zip(lines, _write_lines([entry.line for entry in lines]), strict=True):
+            entry.line = line
         with _transaction(self.open()) as db:
             if undeleted:
                 db.execute(_DELETE, (json.dumps(undeleted),))
