@@ -48,11 +48,12 @@ import anyio.to_thread
 from anyio.abc import TaskGroup
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 log = logging.getLogger("notify")
 
@@ -143,53 +144,55 @@ _DETAILS = {  # of what the framework raises
 }
 
 
-class _Answer(JSONResponse):
-    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # Starlette's makes one for each
+class _Accepted(JSONResponse):
+    """The 202: most of it is the same for all, and an id needs no escapes."""
 
     def render(self, content: Any) -> bytes:
-        return self.encode(content).encode()
+        return b'{"id":"%b","message":"Notification sent in the background"}' % content.encode()
 
 
 class _Api:
     def __init__(self, outbox: _Outbox, relay: _Relay, token: str | None) -> None:
         self._outbox, self._relay, self._token = outbox, relay, token
 
-    async def send_notification(self, request: Request) -> Response:
+    async def send_notification(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
         if self._token is not None:
-            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), self._token.encode()):
                 raise HTTPException(401, "Send the header Authorization: Bearer <token>.", _BEARER)
-        email = request.path_params["email"].removesuffix("/")
+        email = scope["path_params"]["email"].removesuffix("/")
         if len(email) > 254 or not _is_email(email):
             raise HTTPException(422, "Name one whole e-mail address in the path, such as user@example.com.")
-        key = request.headers.get("idempotency-key")
+        key = headers.get("idempotency-key")
         if key is not None and not _is_key(key):
             raise HTTPException(400, "Make Idempotency-Key 1 to 255 printable ASCII characters.")
-        entry = await self._outbox.accept(email, await _read_message(request), key)
-        content = {"id": entry.id, "message": "Notification sent in the background"}
-        headers = None if entry.seq else {"Idempotent-Replayed": "true"}  # and there is nothing to deliver
-        return _Answer(content, 202, headers, background=BackgroundTask(self._relay.deliver, entry))
+        entry = await self._outbox.accept(email, await _read_message(headers, receive), key)
+        replayed = None if entry.seq else {"Idempotent-Replayed": "true"}  # and there is nothing to deliver
+        answer = _Accepted(entry.id, 202, replayed, background=BackgroundTask(self._relay.deliver, entry))
+        await answer(scope, receive, send)
 
-    async def health(self, request: Request) -> Response:
+    async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
         code, headers, status = (503, _RETRY, f"the outbox cannot be written: {error}") if error else (200, None, "ok")
         content = {"status": status, "pending": pending, "failed": failed}
-        return _Answer(content, code, headers, background=BackgroundTask(self._relay.catch_up))
+        answer = JSONResponse(content, code, headers, background=BackgroundTask(self._relay.catch_up))
+        await answer(scope, receive, send)
 
-    async def openapi(self, request: Request) -> Response:
-        return _Answer(_OPENAPI | {"servers": [{"url": request.scope.get("root_path") or "/"}]})
+    async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse(_OPENAPI | {"servers": [{"url": scope.get("root_path") or "/"}]})(scope, receive, send)
 
     async def refuse(self, request: Request, exc: Exception) -> Response:
         """The answer to every error; the framework logs what is no HTTPException."""
         error = exc if isinstance(exc, HTTPException) else HTTPException(500)
         content = {"detail": _DETAILS.get(error.status_code, error.detail)}
-        return _Answer(content, error.status_code, error.headers, background=BackgroundTask(self._relay.catch_up))
+        return JSONResponse(content, error.status_code, error.headers, background=BackgroundTask(self._relay.catch_up))
 
 
-async def _read_message(request: Request) -> str:
+async def _read_message(headers: Headers, receive: Receive) -> str:
     body, more = b"", True
     while more:
-        event = await request.receive()  # as request.stream() is measurably slower
+        event = await receive()
         if event["type"] == "http.disconnect":
             raise HTTPException(400, "Send the whole body.")  # nobody is there to read it
         body, more = body + event.get("body", b""), event.get("more_body", False)
@@ -197,7 +200,7 @@ async def _read_message(request: Request) -> str:
             raise HTTPException(413, "Send a body of at most 64 KiB.")
     if not body:
         return _MESSAGE
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "Send the body as Content-Type: application/json, or send none.")
     try:
         content = _read_json(body.decode())
@@ -211,16 +214,11 @@ async def _read_message(request: Request) -> str:
     return message
 
 
-def _route(path: str, endpoint: Callable[[Request], Any], method: str) -> Route:
+def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
     """A Route that takes no newline at the end of the path, as Starlette's own would, but takes one slash there."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        response = await endpoint(Request(scope, receive, send))
-        await response(scope, receive, send)
-
     route = Route(path, endpoint, methods=[method])
     route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
-    route.app = app  # without a second handler of exceptions, as the app has one
+    route.app = endpoint  # and not the function of a Request that Starlette takes it for
     return route
 
 
@@ -270,13 +268,29 @@ _OPENAPI: dict[str, Any] = {
 # Goals: the event loop waits for no disk and no notifier. No hop between threads, no commit and no wake-up for each
 # notification, but one for all that gathered. Nothing belongs to one event loop, as one app may serve several.
 #
-# Plan: `run` adds the entry to a list, and waits for an event that it shares with all who wait on the same loop. When
-# the loop has done its next turn, with what had come to it by then, a thread takes the list, handles it, and has each
-# loop set its event. What comes meanwhile gathers for the next round, so that rounds grow with the load. A thread to
-# which nothing has come for a while ends; one that is woken while nothing is there handles an empty list first, which
-# is the time for what was put off. An entry is handled even if the one who waited for it was cancelled.
+# Plan: `run` adds the entry to its loop's round, and waits. When the loop has done its next turn, with what had come to
+# it by then, a thread takes the rounds, handles all that is in them, and has each loop wake who waits there. What comes
+# meanwhile gathers in new rounds, so that they grow with the load. A thread to which nothing has come for a while ends;
+# one that is woken while nothing is there handles an empty list first, which is the time for what was put off. An entry
+# is handled even if the one who waited for it was cancelled.
 
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
+
+
+@dataclass(slots=True, eq=False)
+class _Round:
+    """What gathered on one event loop, and who waits for it."""
+
+    call_soon: Any  # of the loop, for other threads
+    entries: list[_Entry]
+    waiters: list[Any]  # of each a future, or an event of trio's
+
+    def wake_all(self) -> None:
+        for waiter in self.waiters:
+            if isinstance(waiter, anyio.Event):
+                waiter.set()
+            elif not waiter.done():  # as it is for who was cancelled
+                waiter.set_result(None)
 
 
 class _Group:
@@ -284,8 +298,8 @@ class _Group:
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
-        self.entries: list[tuple[_Entry, Any, Any]] = []  # each with its event, and how to call its loop
-        self._rounds: dict[Any, Any] = {}  # for each loop, what is set when the next round is done
+        self.rounds: list[_Round] = []
+        self._open_rounds: dict[Any, _Round] = {}  # the last of each event loop
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._threads = 0
@@ -295,21 +309,23 @@ class _Group:
         """Return when the entry was handled."""
         try:
             loop: Any = asyncio.get_running_loop()
-            event: Any = asyncio.Event  # waited for a step less than with AnyIO's
+            waiter: Any = loop.create_future()
             at_end_of_turn, call_soon = loop.call_soon, loop.call_soon_threadsafe
         except RuntimeError:
-            loop, event = anyio.lowlevel.current_token().native_token, anyio.Event  # trio's
+            loop, waiter = anyio.lowlevel.current_token().native_token, anyio.Event()  # trio's
             at_end_of_turn = call_soon = loop.run_sync_soon
         with self._lock:
-            if loop not in self._rounds or self._max_threads:
-                self._rounds[loop] = event()
+            its_round = self._open_rounds.get(loop)
+            if its_round is None or self._max_threads:
+                its_round = self._open_rounds[loop] = _Round(call_soon, [], [])
+                self.rounds.append(its_round)
                 if self._threads:
                     at_end_of_turn(at_end_of_turn, self.wake)
-            done = self._rounds[loop]
-            self.entries.append((entry, done, call_soon))
+            its_round.entries.append(entry)
+            its_round.waiters.append(waiter)
         while not (self._threads or self.wake()):  # as none can be had now
             await anyio.sleep(_LINGER)
-        await done.wait()
+        await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
 
     def wake(self) -> bool:
         """Have a thread look for entries, and if there are none, for what was put off; False: none can be had."""
@@ -323,24 +339,24 @@ class _Group:
             return self._threads > 0
 
     def _work(self) -> None:
-        while (taken := self._next_round()) is not None:
+        while (rounds := self._take()) is not None:
             try:
-                self._handle([entry for entry, *_ in taken])
+                self._handle([entry for one in rounds for entry in one.entries])
             except BaseException:
                 with suppress(Exception):
                     log.exception("this should not happen, and is a bug of the service")
-            for done, call_soon in {done: call_soon for _, done, call_soon in taken}.items():
+            for one in rounds:
                 with suppress(RuntimeError):  # the loop is closed, and nobody waits
-                    call_soon(done.set)
+                    one.call_soon(one.wake_all)
 
-    def _next_round(self) -> list[tuple[_Entry, Any, Any]] | None:
+    def _take(self) -> list[_Round] | None:
         with self._lock:
-            if not self._changed.wait_for(lambda: self.entries, _LINGER) and not self._woken:
+            if not self._changed.wait_for(lambda: self.rounds, _LINGER) and not self._woken:
                 self._threads -= 1
                 return None
-            self._woken, self._rounds = False, {}
-            most = 1 if self._max_threads else len(self.entries)
-            taken, self.entries = self.entries[:most], self.entries[most:]
+            self._woken, self._open_rounds = False, {}
+            most = 1 if self._max_threads else len(self.rounds)
+            taken, self.rounds = self.rounds[:most], self.rounds[most:]
             return taken
 
 
@@ -804,7 +820,7 @@ class _Relay:
     def _step(self, tasks: TaskGroup) -> None:
         """Start to deliver what is due."""
         for group in (self._outbox.writer, self._group):
-            if group.entries:  # perhaps as no thread could be had
+            if group.rounds:  # perhaps as no thread could be had
                 group.wake()
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]

@@ -1424,6 +1424,26 @@ async def test_a_caller_that_is_cancelled_when_it_has_its_answer_loses_nothing(f
     assert len(read(log)) == 1
 
 
+async def test_a_caller_that_is_cancelled_harms_no_other_that_waits_for_the_same_commit(outbox, sent):
+    app = create_app(sent.append, outbox=outbox)
+    await post(app)
+    answers = []
+
+    async def ask():
+        answers.append((await post(app)).status_code)
+
+    with closing(sqlite3.connect(outbox / "outbox.db", isolation_level=None)) as db, anyio.fail_after(20):
+        db.execute("BEGIN IMMEDIATE")
+        async with anyio.create_task_group() as others:
+            async with anyio.create_task_group() as caller:
+                for tasks in others, caller, others:
+                    tasks.start_soon(ask)
+                await anyio.wait_all_tasks_blocked()
+                caller.cancel_scope.cancel()
+            db.execute("ROLLBACK")
+    assert answers == [202, 202]
+
+
 @together()
 def test_a_caller_whose_time_is_up_in_the_middle_of_the_notifier_loses_nothing(folder):
     calls = []
