@@ -104,18 +104,19 @@ class Notification:
     accepted_at: str
 
 
-def _write_text(email: str, message: str) -> str:
+def _text_of(email: str, message: str) -> str:
     """What is not printable is escaped: one notification is one line, and no message can forge another's."""
     if "\\" in message or not message.isprintable():
         message = "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in message)
     return f"notification for {email}: {message}"
 
 
-def _write_lines(texts: list[str]) -> list[str]:
-    """Each text with an id of its own. The system is asked once for all: to ask lets another thread take over."""
+def _stamp(entries: list[_Entry]) -> None:
+    """Add the time and an id. The system is asked for them once for all: to ask lets other threads take over."""
     accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6]
-    ids = secrets.token_hex(16 * len(texts))
-    return [f"{accepted_at}Z {ids[32 * i : 32 * i + 32]} {text}" for i, text in enumerate(texts)]
+    ids = secrets.token_hex(16 * len(entries))
+    for i, entry in enumerate(entries):
+        entry.line = f"{accepted_at}Z {ids[32 * i : 32 * i + 32]} {entry.line}"
 
 
 def _read_line(line: str) -> Notification:
@@ -175,6 +176,7 @@ class _Api:
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
         code, headers, status = (503, _RETRY, f"the outbox cannot be written: {error}") if error else (200, None, "ok")
+        status = status.encode(errors="backslashreplace").decode()  # as a path need not be Unicode
         content = {"status": status, "pending": pending, "failed": failed}
         answer = JSONResponse(content, code, headers, background=BackgroundTask(self._relay.catch_up))
         await answer(scope, receive, send)
@@ -299,7 +301,7 @@ class _Group:
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
         self.rounds: list[_Round] = []
-        self._open_rounds: dict[Any, _Round] = {}  # the last of each event loop
+        self._open_rounds: dict[Any, _Round] = {}  # of each event loop, unless each entry has a round of its own
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._threads = 0
@@ -316,11 +318,13 @@ class _Group:
             at_end_of_turn = call_soon = loop.run_sync_soon
         with self._lock:
             its_round = self._open_rounds.get(loop)
-            if its_round is None or self._max_threads:
-                its_round = self._open_rounds[loop] = _Round(call_soon, [], [])
+            if its_round is None:
+                its_round = _Round(call_soon, [], [])
                 self.rounds.append(its_round)
+                if not self._max_threads:
+                    self._open_rounds[loop] = its_round
                 if self._threads:
-                    at_end_of_turn(at_end_of_turn, self.wake)
+                    at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
             its_round.entries.append(entry)
             its_round.waiters.append(waiter)
         while not (self._threads or self.wake()):  # as none can be had now
@@ -333,7 +337,7 @@ class _Group:
             self._woken = True
             self._changed.notify()
             if self._threads < max(1, self._max_threads):
-                with suppress(RuntimeError):
+                with suppress(RuntimeError, MemoryError):
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
                     self._threads += 1
             return self._threads > 0
@@ -346,7 +350,7 @@ class _Group:
                 with suppress(Exception):
                     log.exception("this should not happen, and is a bug of the service")
             for one in rounds:
-                with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                with suppress(Exception):  # the loop is closed, and nobody waits
                     one.call_soon(one.wake_all)
 
     def _take(self) -> list[_Round] | None:
@@ -441,7 +445,7 @@ class _Outbox:
     async def accept(self, email: str, message: str, key: str | None) -> _Entry:
         """Keep a notification, or raise the HTTPException that says why not."""
         digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest() if key else ""
-        entry = _Entry(_write_text(email, message), key, digest)
+        entry = _Entry(_text_of(email, message), key, digest)
         await self.writer.run(entry)
         if isinstance(entry.error, HTTPException):
             raise entry.error
@@ -490,23 +494,22 @@ class _Outbox:
         undeleted = self._undeleted.copy()
         if not new and not undeleted:
             return
-        lines = [entry for entry in new if entry.line]
-        for entry, line in zip(lines, _write_lines([entry.line for entry in lines]), strict=True):
-            entry.line = line
+        to_keep = [entry for entry in new if entry.line]
+        _stamp(to_keep)
         with _transaction(self.open()) as db:
             if undeleted:
                 db.execute(_DELETE, (json.dumps(undeleted),))
-            fresh = self._sort_out(db, lines)
+            fresh = self._sort_out(db, to_keep)
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
-            if len(lines) < len(new):  # somebody asks whether it can be written
+            if len(to_keep) < len(new):  # somebody asks whether it can be written
                 db.execute(_PROBE)
         del self._undeleted[: len(undeleted)]
         late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
             entry.seq, entry.id, entry.due = seq, entry.line[_ID], late
             self.pending[seq] = self.waiting[seq] = entry
-        if len(lines) < len(new):
+        if len(to_keep) < len(new):
             with suppress(sqlite3.Error):
                 db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
 

@@ -1045,6 +1045,23 @@ def test_one_app_serves_several_event_loops(log, outbox, sent, served, kind):
     assert asyncio.run(health(app)) == counts()
 
 
+def test_a_loop_that_is_closed_before_the_notifier_ends_harms_no_other():
+    gate = Gate()
+    app = create_app(gate, outbox=":memory:", concurrency=1)
+
+    async def leave():
+        asking = asyncio.create_task(post(app))
+        await soon(lambda: gate.came)
+        assert not asking.done()
+
+    asyncio.run(leave())
+    gate.open()
+    eventually(lambda: gate.sent)
+    answer = asyncio.run(asyncio.wait_for(post(app), 20))
+    assert answer.status_code == 202
+    assert len(gate.sent) == 2
+
+
 async def test_at_its_end_a_lifespan_waits_for_what_the_relay_is_delivering(left, outbox):
     gate = Gate()
     async with lifespan(create_app(gate.on_loop, outbox=outbox)):
@@ -1994,6 +2011,14 @@ async def test_a_damaged_outbox_is_refused_at_start_or_with_503_and_not_touched(
     assert answer.json()["status"] != "ok"
     assert contents(tmp_path) == before
     assert 1 <= sum(str(outbox) in warning for warning in warned) <= 3
+
+
+async def test_health_tells_of_an_outbox_whose_path_is_not_unicode(tmp_path):
+    (tmp_path / "file").touch()
+    async with client(create_app(outbox=tmp_path / "file" / "\udcff")) as http:
+        answer = await http.get("/health")
+    assert answer.status_code == 503
+    assert r"\udcff" in answer.json()["status"]
 
 
 # ---------------------------------------------------------------------------------------------- live server
