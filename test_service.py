@@ -1031,7 +1031,7 @@ def test_one_app_serves_several_event_loops(log, outbox, sent, served, kind):
     answers = []
 
     async def one_loop():
-        async with lifespan(app) if served else nullcontext(), client(app) as http:
+        async with asyncio.timeout(60), lifespan(app) if served else nullcontext(), client(app) as http:
             answers.extend([(await http.post(PATH)).json()["id"] for _ in range(5)])
 
     def loops(_):
@@ -1880,7 +1880,7 @@ async def test_a_thread_that_cannot_be_had_is_asked_for_again_when_its_caller_is
     def may_start(thread):
         if thread.name == "notify" and refusing:
             refused.append(thread)
-            raise RuntimeError("can't start new thread")
+            raise MemoryError if busy else RuntimeError("can't start new thread")
         start(thread)
 
     async def send(message):
