@@ -104,6 +104,20 @@ class Notification:
     accepted_at: str
 
 
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A notification on its way."""
+
+    line: str  # at first only its text; "": there is none, and it only asks that what was put off is done
+    key: str | None = None
+    digest: str = ""  # of what came with the key
+    seq: int = 0  # in the outbox; 0: it is not there
+    answer_id: str = ""  # what the 202 says: its own id, or that of an earlier one with its key; "": there is no 202
+    error: Exception | None = None
+    since: float | None = None  # when it failed first, on the monotonic clock
+    due: float = 0.0  # when it is the relay's to deliver; infinity: it is set aside
+
+
 def _text_of(email: str, message: str) -> str:
     """What is not printable is escaped: one notification is one line, and no message can forge another's."""
     if "\\" in message or not message.isprintable():
@@ -170,7 +184,7 @@ class _Api:
             raise HTTPException(400, "Make Idempotency-Key 1 to 255 printable ASCII characters.")
         entry = await self._outbox.accept(email, await _read_message(headers, receive), key)
         replayed = None if entry.seq else {"Idempotent-Replayed": "true"}  # and there is nothing to deliver
-        answer = _Accepted(entry.id, 202, replayed, background=BackgroundTask(self._relay.deliver, entry))
+        answer = _Accepted(entry.answer_id, 202, replayed, background=BackgroundTask(self._relay.deliver, entry))
         await answer(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -223,47 +237,6 @@ def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
     route.app = endpoint  # and not the function of a Request that Starlette takes it for
     return route
 
-
-_TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
-_HEADERS = {202: "Idempotent-Replayed", 401: "WWW-Authenticate", 405: "Allow", 503: "Retry-After"}
-
-
-def _answers(texts: dict[int, str], **properties: dict[str, Any]) -> dict[int, Any]:
-    """OpenAPI's answers, by status: each is described by its text, and is an object with these properties."""
-    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-    content = {"content": {"application/json": {"schema": schema}}}
-    headers = {code: {name: {"schema": _TEXT}} for code, name in _HEADERS.items()}
-    return {code: {"description": text, "headers": headers.get(code, {})} | content for code, text in texts.items()}
-
-
-_REFUSED = _answers({code: HTTPException(code).detail for code in (400, 401, 413, 415, 422, 503)}, detail=_TEXT)
-_ANYWHERE = _answers(_DETAILS, detail=_TEXT)
-_STATE = _answers({200: "They can be kept.", 503: "They cannot."}, status=_TEXT, pending=_COUNT, failed=_COUNT)
-_HEALTH = {"summary": "Whether notifications can be kept, and how many wait.", "responses": _ANYWHERE | _STATE}
-_DOCUMENT = _answers({200: "OpenAPI 3.1."}, openapi=_TEXT, info={}, paths={}, components={}, servers={})
-_SELF = {"summary": "This document.", "responses": _ANYWHERE | _DOCUMENT}
-_CONTENT = {"message": _TEXT | {"maxLength": 10_000, "default": _MESSAGE}}
-_BODY = {"type": "object", "properties": _CONTENT, "additionalProperties": False}
-_SEND = {
-    "summary": "Keep a notification, answer, and deliver it afterwards.",
-    "security": [{}, {"token": []}],
-    "parameters": [
-        {"name": "email", "in": "path", "required": True, "schema": _TEXT | {"pattern": _EMAIL, "maxLength": 254}},
-        {"name": "Idempotency-Key", "in": "header", "schema": _TEXT | {"pattern": "^[ -~]{1,255}$"}},
-    ],
-    "requestBody": {"content": {"application/json": {"schema": _BODY}}},
-    "responses": _ANYWHERE | _REFUSED | _answers({202: "It is kept."}, id=_TEXT, message=_TEXT),
-}
-_OPENAPI: dict[str, Any] = {
-    "openapi": "3.1.0",
-    "info": {"title": "Notify", "version": "1.0.0", "description": "Answers first, notifies after: 202 means kept."},
-    "paths": {
-        "/send-notification/{email}": {"post": _SEND},
-        "/health": {"get": _HEALTH, "head": _HEALTH},
-        "/openapi.json": {"get": _SELF, "head": _SELF},
-    },
-    "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
-}
 
 # ------------------------------------------------------------------------------------------------ group commit
 #
@@ -402,20 +375,6 @@ _LATE = 2.0  # seconds after which a request's task is taken for lost
 _MOST_ADOPTED = 20_000  # notifications that were taken over and not yet tried; past it, the others have to wait
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A notification on its way."""
-
-    line: str  # at first only its text; "": there is none, and it only asks that what was put off is done
-    key: str | None = None
-    digest: str = ""  # of what came with the key
-    seq: int = 0  # in the outbox; 0: it is not there
-    id: str = ""  # for the 202: its own, or that of an earlier one with its key; "": there is no 202
-    error: Exception | None = None
-    since: float | None = None  # when it failed first, on the monotonic clock
-    due: float = 0.0  # when it is the relay's to deliver; infinity: it is set aside
-
-
 class _Outbox:
     """What is accepted and not yet delivered, in SQLite, and the thread that writes it down."""
 
@@ -435,7 +394,7 @@ class _Outbox:
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
-        self._unsearched: list[_Entry] = []  # by the dead: ours, but not yet looked for in the log
+        self._unsearched: list[_Entry] = []  # what the dead left: ours by now, but not yet looked for in the log
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
@@ -449,7 +408,7 @@ class _Outbox:
         await self.writer.run(entry)
         if isinstance(entry.error, HTTPException):
             raise entry.error
-        if not entry.id:
+        if not entry.answer_id:
             raise HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         return entry
 
@@ -484,17 +443,18 @@ class _Outbox:
                 self._commit(new)
             except Exception as exc:  # whatever it is, there is no id, and so no 202
                 for entry in new:
-                    entry.id, entry.error = "", exc
+                    entry.answer_id, entry.error = "", exc
                 self._warn("the outbox cannot be written, and answers are 503", exc)
                 if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
                     with suppress(Exception), _transaction(self.open()) as db:
-                        db.execute(_PROBE)  # over the commit, which the next start would take for whole
+                        db.execute(_PROBE)  # over the commit, which may be whole in the WAL, and replayed by a start
 
     def _commit(self, new: list[_Entry]) -> None:
         undeleted = self._undeleted.copy()
         if not new and not undeleted:
             return
         to_keep = [entry for entry in new if entry.line]
+        probed = len(to_keep) < len(new)  # somebody asks whether it can be written
         _stamp(to_keep)
         with _transaction(self.open()) as db:
             if undeleted:
@@ -502,14 +462,14 @@ class _Outbox:
             fresh = self._sort_out(db, to_keep)
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
-            if len(to_keep) < len(new):  # somebody asks whether it can be written
+            if probed:
                 db.execute(_PROBE)
         del self._undeleted[: len(undeleted)]
         late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
-            entry.seq, entry.id, entry.due = seq, entry.line[_ID], late
+            entry.seq, entry.answer_id, entry.due = seq, entry.line[_ID], late
             self.pending[seq] = self.waiting[seq] = entry
-        if len(to_keep) < len(new):
+        if probed:
             with suppress(sqlite3.Error):
                 db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
 
@@ -526,7 +486,7 @@ class _Outbox:
             if digest != entry.digest:
                 entry.error = HTTPException(422, "Use another Idempotency-Key: this one came with other content.")
             elif id:
-                entry.id = id
+                entry.answer_id = id
             elif len(fresh) >= room:
                 entry.error = HTTPException(503, "Too many notifications are pending: try again later.", _RETRY)
             else:
@@ -718,7 +678,7 @@ def _is_wal_header(header: bytes) -> bool:
 
 
 def _exists(path: str) -> bool:
-    """Asks for no times, as a stat has the next write record the time anew, which costs I/O at each commit."""
+    """Not by a stat: after one, the next write to the WAL records its time anew, which costs I/O at each commit."""
     return os.access(path, os.F_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
@@ -737,7 +697,7 @@ _POLL = 0.05  # seconds between two looks for what is due
 _DRAIN, _FLUSH = 10.0, 2.0  # seconds at the end for what the relay has in hand, and for the last writes
 _LOG_PAUSES = 0.1, 30.0, math.inf  # seconds: the first pause, the longest, and when it is set aside
 _OWN_PAUSES = 1.0, 900.0, _DAY
-_IN_HAND = 500  # at once in requests' tasks, and as many in the relay's; the others wait, and take little memory
+_IN_HAND = 500  # entries at once in requests' tasks, and as many in the relay's; the others take little memory
 
 
 class _Relay:
@@ -749,7 +709,7 @@ class _Relay:
         self._is_async = own and BackgroundTask(notify).is_async
         self._group = _Group(self._call, threads) if own else _Group(self._append)
         self._pauses = _OWN_PAUSES if own else _LOG_PAUSES
-        self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own is told by the id
+        self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._warn = _Warnings(50 if own else 1)
         self._lifespans: set[TaskGroup] = set()  # of each that runs, its clock
         self._in_requests: set[_Entry] = set()  # what requests' tasks have in hand
@@ -760,7 +720,7 @@ class _Relay:
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
-        with suppress(GeneratorExit):  # the notifier's, or the task is being closed, and waits for nothing more
+        with suppress(GeneratorExit):  # the notifier's, or this task is being closed, and may not wait again
             if self._lifespans and len(self._in_requests) >= self._most_in_hand:
                 entry.due = time.monotonic() + self._delay
             else:
@@ -794,7 +754,7 @@ class _Relay:
         with anyio.move_on_after(_FLUSH), suppress(OSError, RuntimeError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry(""))  # which syncs
-            await self._outbox.probe()
+            await self._outbox.probe()  # which commits what was deleted
             if not self._lifespans:
                 await _in_thread(self._outbox.close)
                 self._next_look = 0.0
@@ -806,7 +766,7 @@ class _Relay:
         while True:
             clock.start_soon(self._adopt)  # beside what is due, as it may take long to search the log
             await anyio.sleep(pause)
-            await anyio.lowlevel.checkpoint_if_cancelled()  # a sleep that is over may end all the same
+            await anyio.lowlevel.checkpoint_if_cancelled()  # as a sleep that was over when it was cancelled just ends
             self._step(tasks)
             pause = _POLL if self._outbox.pending else min(2 * pause, 1)
 
@@ -823,7 +783,7 @@ class _Relay:
     def _step(self, tasks: TaskGroup) -> None:
         """Start to deliver what is due."""
         for group in (self._outbox.writer, self._group):
-            if group.rounds:  # perhaps as no thread could be had
+            if group.rounds:  # as no thread could be had, and who waited was cancelled
                 group.wake()
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
@@ -1019,6 +979,49 @@ def _cut_torn_line(file: io.FileIO) -> int:
         file.truncate(end)
     return end
 
+
+# --------------------------------------------------------------------------------------------------------- OpenAPI
+
+_TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+_HEADERS = {202: "Idempotent-Replayed", 401: "WWW-Authenticate", 405: "Allow", 503: "Retry-After"}
+
+
+def _answers(texts: dict[int, str], **properties: dict[str, Any]) -> dict[int, Any]:
+    """OpenAPI's answers, by status: each is described by its text, and is an object with these properties."""
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    content = {"content": {"application/json": {"schema": schema}}}
+    headers = {code: {name: {"schema": _TEXT}} for code, name in _HEADERS.items()}
+    return {code: {"description": text, "headers": headers.get(code, {})} | content for code, text in texts.items()}
+
+
+_REFUSED = _answers({code: HTTPException(code).detail for code in (400, 401, 413, 415, 422, 503)}, detail=_TEXT)
+_ANYWHERE = _answers(_DETAILS, detail=_TEXT)
+_STATE = _answers({200: "They can be kept.", 503: "They cannot."}, status=_TEXT, pending=_COUNT, failed=_COUNT)
+_HEALTH = {"summary": "Whether notifications can be kept, and how many wait.", "responses": _ANYWHERE | _STATE}
+_DOCUMENT = _answers({200: "OpenAPI 3.1."}, openapi=_TEXT, info={}, paths={}, components={}, servers={})
+_SELF = {"summary": "This document.", "responses": _ANYWHERE | _DOCUMENT}
+_CONTENT = {"message": _TEXT | {"maxLength": 10_000, "default": _MESSAGE}}
+_BODY = {"type": "object", "properties": _CONTENT, "additionalProperties": False}
+_SEND = {
+    "summary": "Keep a notification, answer, and deliver it afterwards.",
+    "security": [{}, {"token": []}],
+    "parameters": [
+        {"name": "email", "in": "path", "required": True, "schema": _TEXT | {"pattern": _EMAIL, "maxLength": 254}},
+        {"name": "Idempotency-Key", "in": "header", "schema": _TEXT | {"pattern": "^[ -~]{1,255}$"}},
+    ],
+    "requestBody": {"content": {"application/json": {"schema": _BODY}}},
+    "responses": _ANYWHERE | _REFUSED | _answers({202: "It is kept."}, id=_TEXT, message=_TEXT),
+}
+_OPENAPI: dict[str, Any] = {
+    "openapi": "3.1.0",
+    "info": {"title": "Notify", "version": "1.0.0", "description": "Answers first, notifies after: 202 means kept."},
+    "paths": {
+        "/send-notification/{email}": {"post": _SEND},
+        "/health": {"get": _HEALTH, "head": _HEALTH},
+        "/openapi.json": {"get": _SELF, "head": _SELF},
+    },
+    "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+}
 
 # ----------------------------------------------------------------------------------------------------- the app
 
