@@ -365,9 +365,9 @@ UPDATE pending SET worker = ? WHERE seq IN (
     SELECT seq FROM pending WHERE worker IN (SELECT value FROM json_each(?)) LIMIT 500
 ) RETURNING line, seq
 """
-_FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 10000)"
-_KEEP_KEYS = "INSERT OR REPLACE INTO keys SELECT key, value ->> 0, value ->> 1, ? FROM json_each(?)"
-_FIND_KEYS = "SELECT key, id, digest FROM keys WHERE at >= ? AND key IN (SELECT value FROM json_each(?))"
+_FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 1000)"
+_KEEP_KEY = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?)"
+_FIND_KEY = "SELECT id, digest FROM keys WHERE key = ? AND at >= ?"
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
@@ -475,27 +475,21 @@ class _Outbox:
 
     def _sort_out(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
-        room = self._max_pending - (len(self.pending) - len(self._adopted))
+        now, room = time.time(), self._max_pending - (len(self.pending) - len(self._adopted))
         fresh: list[_Entry] = []
-        keys: dict[str | None, tuple[str, str]] = {}
-        if asked := [entry.key for entry in new if entry.key]:
-            found = db.execute(_FIND_KEYS, (time.time() - _DAY, json.dumps(asked)))
-            keys = {key: (id, digest) for key, id, digest in found}
         for entry in new:
-            id, digest = keys.get(entry.key, ("", entry.digest))
-            if digest != entry.digest:
+            known = db.execute(_FIND_KEY, (entry.key, now - _DAY)).fetchone() if entry.key else None
+            if known and known[1] != entry.digest:
                 entry.error = HTTPException(422, "Use another Idempotency-Key: this one came with other content.")
-            elif id:
-                entry.answer_id = id
+            elif known:
+                entry.answer_id = known[0]
             elif len(fresh) >= room:
                 entry.error = HTTPException(503, "Too many notifications are pending: try again later.", _RETRY)
             else:
                 fresh.append(entry)
                 if entry.key:
-                    keys[entry.key] = entry.line[_ID], digest
-        if kept := {entry.key: (entry.line[_ID], entry.digest) for entry in fresh if entry.key}:
-            db.execute(_FORGET_KEYS, (time.time() - _DAY,))  # here too, as nobody adopts in memory
-            db.execute(_KEEP_KEYS, (time.time(), json.dumps(kept)))
+                    db.execute(_FORGET_KEYS, (now - _DAY,))  # here too, as nobody adopts in memory
+                    db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], entry.digest, now))
         return fresh
 
     def open(self) -> sqlite3.Connection:
