@@ -705,7 +705,7 @@ class _Relay:
         self._pauses = _OWN_PAUSES if own else _LOG_PAUSES
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._warn = _Warnings(50 if own else 1)
-        self._lifespans: set[TaskGroup] = set()  # of each that runs, its clock
+        self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
         self._in_requests: set[_Entry] = set()  # what requests' tasks have in hand
         self._in_relay: set[_Entry] = set()  # what the relay's have
         self._most_in_hand = max(_IN_HAND, threads)  # that each of the two may have
@@ -732,17 +732,17 @@ class _Relay:
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
         await _in_thread(self._outbox.open)
-        error = None
-        async with anyio.create_task_group() as tasks, anyio.create_task_group() as clock:
+        clock, error = anyio.CancelScope(), None
+        async with anyio.create_task_group() as tasks:
             self._lifespans.add(clock)
-            clock.start_soon(self._keep_time, clock, tasks)
+            tasks.start_soon(self._keep_time, clock, tasks)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
                 error = exc
             finally:
                 self._lifespans.discard(clock)
-                clock.cancel_scope.cancel()
+                clock.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
                 log.info("waiting at most %d s for the %d that the relay has in hand", _DRAIN, len(self._in_relay))
         with anyio.move_on_after(_FLUSH), suppress(OSError, RuntimeError, sqlite3.Error):  # as the log may hang
@@ -755,14 +755,14 @@ class _Relay:
         if error:
             raise error
 
-    async def _keep_time(self, clock: TaskGroup, tasks: TaskGroup) -> None:
+    async def _keep_time(self, clock: anyio.CancelScope, tasks: TaskGroup) -> None:
         pause = _POLL
-        while True:
-            clock.start_soon(self._adopt)  # beside what is due, as it may take long to search the log
-            await anyio.sleep(pause)
-            await anyio.lowlevel.checkpoint_if_cancelled()  # as a sleep that was over when it was cancelled just ends
-            self._step(tasks)
-            pause = _POLL if self._outbox.pending else min(2 * pause, 1)
+        with clock:
+            while clock in self._lifespans:  # a sleep that is over when it is cancelled just ends
+                tasks.start_soon(self._adopt)  # beside what is due, as it may take long to search the log
+                self._step(tasks)
+                await anyio.sleep(pause)
+                pause = _POLL if self._outbox.pending else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
         """Take over what the dead left."""
