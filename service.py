@@ -34,7 +34,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -520,6 +520,8 @@ class _Outbox:
             if is_new:
                 db.executescript(_SCHEMA)
             self._inode = self._path.stat().st_ino if self._folder else 0
+            locks = self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")
+            self._find_dead({path.stem for path in locks})
             self._worker = secrets.token_hex(8)
             opened.enter_context(_locked(self._in_folder(f"{self._worker}.lock")))
             self._opened.push(opened.pop_all())
@@ -552,7 +554,7 @@ class _Outbox:
                 self.writer.wake()  # so that it tries again
             if not self._folder:
                 return
-            dead = self._find_dead()
+            dead = self._find_dead({worker for (worker,) in self._adopt_db.execute(_OWNERS)})
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._claim(dead)
@@ -568,25 +570,18 @@ class _Outbox:
                     self.pending[entry.seq] = self.waiting[entry.seq] = entry
             self._unsearched = []
 
-    def _find_dead(self) -> list[str]:
-        """The workers whose lock nobody holds. No name is used twice: they stay dead, and their locks can go."""
-        workers = {worker for (worker,) in self._adopt_db.execute(_OWNERS)}
-        workers |= {path.stem for path in self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")}
-        perhaps = self._find_free(workers - {self._worker})
-        if not perhaps:  # as when all live: nobody who starts has to wait
-            return []
-        with _locked(self._in_folder("outbox.lock")):  # nobody is about to take a lock of his own
-            dead = self._find_free(perhaps)
-            for worker in dead:
-                self._in_folder(f"{worker}.lock").unlink(missing_ok=True)
-        return dead
+    def _find_dead(self, workers: set[str]) -> list[str]:
+        """Those of whom nobody holds the lock, which goes: no name is used twice, and so they stay dead.
 
-    def _find_free(self, workers: Iterable[str]) -> list[str]:
-        free: list[str] = []
+        Who has a row has had its lock. Who has none may be about to take it, unless this process holds outbox.lock.
+        """
+        dead: list[str] = []
         for worker in workers:
-            with suppress(sqlite3.Error, FileNotFoundError), _locked(self._in_folder(f"{worker}.lock"), wait=0):
-                free.append(worker)  # or it lives, is no lock of ours, or was just removed
-        return free
+            with suppress(sqlite3.Error, OSError):  # it lives, or this is no lock of ours
+                with _locked(self._in_folder(f"{worker}.lock"), wait=0):
+                    dead.append(worker)
+                self._in_folder(f"{worker}.lock").unlink()
+        return dead
 
     def _claim(self, dead: list[str]) -> None:
         """Make ours what the dead left; few in one transaction, as other workers' commits wait for its end."""
