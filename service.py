@@ -115,7 +115,7 @@ class _Entry:
     answer_id: str = ""  # what the 202 says: its own id, or that of an earlier one with its key; "": there is no 202
     error: Exception | None = None
     since: float | None = None  # when it failed first, on the monotonic clock
-    due: float = 0.0  # when it is the relay's to deliver; infinity: it is set aside
+    due: float = 0.0  # when it is the relay's to deliver; inf: it is set aside; nan: not yet looked for in the log
 
 
 def _text_of(email: str, message: str) -> str:
@@ -394,7 +394,6 @@ class _Outbox:
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
-        self._unsearched: list[_Entry] = []  # what the dead left: ours by now, but not yet looked for in the log
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
@@ -416,9 +415,9 @@ class _Outbox:
         """Why the outbox cannot be written, if so; how many are pending; of how many the last attempt failed."""
         nothing = _Entry("")
         await self.writer.run(nothing)  # and so what was put before it is written first
-        entries = {*self.pending.values(), *self._unsearched}
+        entries = list(self.pending.values())
         failed = sum(entry.since is not None for entry in entries)
-        return nothing.error, sum(entry.due < math.inf for entry in entries), failed
+        return nothing.error, sum(entry.due != math.inf for entry in entries), failed
 
     def take(self, entry: _Entry) -> bool:
         """Whether the entry is the caller's to deliver, as it is for the first who asks."""
@@ -542,7 +541,7 @@ class _Outbox:
                 new = any(entry.since is None and entry.due > now for entry in list(self.waiting.values()))
                 if not self._folder or self._undeleted or in_hand or new:
                     return
-                self._db, self.pending, self.waiting, self._adopted, self._unsearched = None, {}, {}, set(), []
+                self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
             self._opened.close()
             self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
 
@@ -559,16 +558,13 @@ class _Outbox:
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._claim(dead)
                 self._adopt_db.execute(_FORGET_KEYS, (time.time() - _DAY,))
-            if not self._unsearched:
-                return
-            log.info("looking in the log for %d notifications that the dead left", len(self._unsearched))
-            delivered = find_delivered({entry.line[_ID] for entry in self._unsearched})
-            self.delete([entry for entry in self._unsearched if entry.line[_ID] in delivered])
-            for entry in self._unsearched:
-                if entry.line[_ID] not in delivered:
-                    self._adopted.add(entry.seq)
-                    self.pending[entry.seq] = self.waiting[entry.seq] = entry
-            self._unsearched = []
+            unsearched = [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]
+            if unsearched:
+                log.info("looking in the log for %d notifications that the dead left", len(unsearched))
+                delivered = find_delivered({entry.line[_ID] for entry in unsearched})
+                self.delete([entry for entry in unsearched if entry.line[_ID] in delivered and self.take(entry)])
+                for entry in unsearched:
+                    entry.due = 0.0
 
     def _find_dead(self, workers: set[str]) -> list[str]:
         """Those of whom nobody holds the lock, which goes: no name is used twice, and so they stay dead.
@@ -586,10 +582,13 @@ class _Outbox:
     def _claim(self, dead: list[str]) -> None:
         """Make ours what the dead left; few in one transaction, as other workers' commits wait for its end."""
         untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
-        while dead and untried + len(self._unsearched) < _MOST_ADOPTED:
+        while dead and untried < _MOST_ADOPTED:
             with _transaction(self._adopt_db) as db:
                 rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
-            self._unsearched += [_Entry(line, seq=seq) for line, seq in rows]
+            for line, seq in rows:
+                self._adopted.add(seq)
+                self.pending[seq] = self.waiting[seq] = _Entry(line, seq=seq, due=math.nan)
+            untried += len(rows)
             if not rows:
                 break
 
