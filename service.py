@@ -273,8 +273,7 @@ class _Group:
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
-        self.rounds: list[_Round] = []
-        self._open_rounds: dict[Any, _Round] = {}  # of each event loop, unless each entry has a round of its own
+        self.rounds: dict[Any, _Round] = {}  # of each event loop; or, with max_threads, of each entry
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._threads = 0
@@ -289,13 +288,11 @@ class _Group:
         except RuntimeError:
             loop, waiter = anyio.lowlevel.current_token().native_token, anyio.Event()  # trio's
             at_end_of_turn = call_soon = loop.run_sync_soon
+        key = entry if self._max_threads else loop
         with self._lock:
-            its_round = self._open_rounds.get(loop)
+            its_round = self.rounds.get(key)
             if its_round is None:
-                its_round = _Round(call_soon, [], [])
-                self.rounds.append(its_round)
-                if not self._max_threads:
-                    self._open_rounds[loop] = its_round
+                its_round = self.rounds[key] = _Round(call_soon, [], [])
                 if self._threads:
                     at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
             its_round.entries.append(entry)
@@ -331,10 +328,9 @@ class _Group:
             if not self._changed.wait_for(lambda: self.rounds, _LINGER) and not self._woken:
                 self._threads -= 1
                 return None
-            self._woken, self._open_rounds = False, {}
-            most = 1 if self._max_threads else len(self.rounds)
-            taken, self.rounds = self.rounds[:most], self.rounds[most:]
-            return taken
+            self._woken = False
+            keys = list(self.rounds)[: 1 if self._max_threads else None]
+            return [self.rounds.pop(key) for key in keys]
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
