@@ -91,7 +91,7 @@ def _environment() -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------ notification
 
-_ID = slice(25, 57)  # where a line has its id: after 24 characters of time and a space
+_ID, _TEXT = slice(25, 57), slice(58, None)  # where a line has its id, after the time, and what is said
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +110,9 @@ class _Entry:
 
     line: str  # at first only its text; "": there is none, and it only asks that what was put off is done
     key: str | None = None
-    digest: str = ""  # of what came with the key
     seq: int = 0  # in the outbox; 0: it is not there
-    answer_id: str = ""  # what the 202 says: its own id, or that of an earlier one with its key; "": there is no 202
-    error: Exception | None = None
+    replayed: str = ""  # the id of an earlier one with its key
+    error: HTTPException | None = None  # why there is no 202
     since: float | None = None  # when it failed first, on the monotonic clock
     due: float = 0.0  # when it is the relay's to deliver; inf: it is set aside; nan: not yet looked for in the log
 
@@ -182,9 +181,13 @@ class _Api:
         key = headers.get("idempotency-key")
         if key is not None and not _is_key(key):
             raise HTTPException(400, "Make Idempotency-Key 1 to 255 printable ASCII characters.")
-        entry = await self._outbox.accept(email, await _read_message(headers, receive), key)
-        replayed = None if entry.seq else {"Idempotent-Replayed": "true"}  # and there is nothing to deliver
-        answer = _Accepted(entry.answer_id, 202, replayed, background=BackgroundTask(self._relay.deliver, entry))
+        entry = _Entry(_text_of(email, await _read_message(headers, receive)), key)
+        await self._outbox.writer.run(entry)
+        if entry.error:
+            raise entry.error
+        replayed = {"Idempotent-Replayed": "true"} if entry.replayed else None  # and there is nothing to deliver
+        delivery = BackgroundTask(self._relay.deliver, entry)
+        answer = _Accepted(entry.replayed or entry.line[_ID], 202, replayed, background=delivery)
         await answer(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -390,30 +393,19 @@ class _Outbox:
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
+        self._error: BaseException | None = None  # of the last commit
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
         self._taking, self.adopting = threading.Lock(), threading.Lock()  # held by who does so, and by close
         weakref.finalize(self, self._opened.close).atexit = False  # as something may be under way then
 
-    async def accept(self, email: str, message: str, key: str | None) -> _Entry:
-        """Keep a notification, or raise the HTTPException that says why not."""
-        digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest() if key else ""
-        entry = _Entry(_text_of(email, message), key, digest)
-        await self.writer.run(entry)
-        if isinstance(entry.error, HTTPException):
-            raise entry.error
-        if not entry.answer_id:
-            raise HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
-        return entry
-
-    async def probe(self) -> tuple[Exception | None, int, int]:
+    async def probe(self) -> tuple[BaseException | None, int, int]:
         """Why the outbox cannot be written, if so; how many are pending; of how many the last attempt failed."""
-        nothing = _Entry("")
-        await self.writer.run(nothing)  # and so what was put before it is written first
+        await self.writer.run(_Entry(""))  # and so what was put before it is written first
         entries = list(self.pending.values())
         failed = sum(entry.since is not None for entry in entries)
-        return nothing.error, sum(entry.due != math.inf for entry in entries), failed
+        return self._error, sum(entry.due != math.inf for entry in entries), failed
 
     def take(self, entry: _Entry) -> bool:
         """Whether the entry is the caller's to deliver, as it is for the first who asks."""
@@ -436,9 +428,10 @@ class _Outbox:
         with self._lock:
             try:
                 self._commit(new)
-            except Exception as exc:  # whatever it is, there is no id, and so no 202
+            except BaseException as exc:  # whatever it is, there is no 202
+                self._error = exc
                 for entry in new:
-                    entry.answer_id, entry.error = "", exc
+                    entry.error = HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
                 self._warn("the outbox cannot be written, and answers are 503", exc)
                 if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
                     with suppress(Exception), _transaction(self.open()) as db:
@@ -459,10 +452,11 @@ class _Outbox:
             last = db.execute(_INSERT, rows).lastrowid or 0
             if probed:
                 db.execute(_PROBE)
+        self._error = None
         del self._undeleted[: len(undeleted)]
         late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
-            entry.seq, entry.answer_id, entry.due = seq, entry.line[_ID], late
+            entry.seq, entry.due = seq, late
             self.pending[seq] = self.waiting[seq] = entry
         if probed:
             with suppress(sqlite3.Error):
@@ -473,18 +467,19 @@ class _Outbox:
         now, room = time.time(), self._max_pending - (len(self.pending) - len(self._adopted))
         fresh: list[_Entry] = []
         for entry in new:
+            digest = hashlib.sha256(entry.line[_TEXT].encode()).hexdigest() if entry.key else ""
             known = db.execute(_FIND_KEY, (entry.key, now - _DAY)).fetchone() if entry.key else None
-            if known and known[1] != entry.digest:
+            if known and known[1] != digest:
                 entry.error = HTTPException(422, "Use another Idempotency-Key: this one came with other content.")
             elif known:
-                entry.answer_id = known[0]
+                entry.replayed = known[0]
             elif len(fresh) >= room:
                 entry.error = HTTPException(503, "Too many notifications are pending: try again later.", _RETRY)
             else:
                 fresh.append(entry)
                 if entry.key:
                     db.execute(_FORGET_KEYS, (now - _DAY,))  # here too, as nobody adopts in memory
-                    db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], entry.digest, now))
+                    db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], digest, now))
         return fresh
 
     def open(self) -> sqlite3.Connection:
@@ -966,7 +961,7 @@ def _cut_torn_line(file: io.FileIO) -> int:
 
 # --------------------------------------------------------------------------------------------------------- OpenAPI
 
-_TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+_STRING, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
 _HEADERS = {202: "Idempotent-Replayed", 401: "WWW-Authenticate", 405: "Allow", 503: "Retry-After"}
 
 
@@ -974,27 +969,27 @@ def _answers(texts: dict[int, str], **properties: dict[str, Any]) -> dict[int, A
     """OpenAPI's answers, by status: each is described by its text, and is an object with these properties."""
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     content = {"content": {"application/json": {"schema": schema}}}
-    headers = {code: {name: {"schema": _TEXT}} for code, name in _HEADERS.items()}
+    headers = {code: {name: {"schema": _STRING}} for code, name in _HEADERS.items()}
     return {code: {"description": text, "headers": headers.get(code, {})} | content for code, text in texts.items()}
 
 
-_REFUSED = _answers({code: HTTPException(code).detail for code in (400, 401, 413, 415, 422, 503)}, detail=_TEXT)
-_ANYWHERE = _answers(_DETAILS, detail=_TEXT)
-_STATE = _answers({200: "They can be kept.", 503: "They cannot."}, status=_TEXT, pending=_COUNT, failed=_COUNT)
+_REFUSED = _answers({code: HTTPException(code).detail for code in (400, 401, 413, 415, 422, 503)}, detail=_STRING)
+_ANYWHERE = _answers(_DETAILS, detail=_STRING)
+_STATE = _answers({200: "They can be kept.", 503: "They cannot."}, status=_STRING, pending=_COUNT, failed=_COUNT)
 _HEALTH = {"summary": "Whether notifications can be kept, and how many wait.", "responses": _ANYWHERE | _STATE}
-_DOCUMENT = _answers({200: "OpenAPI 3.1."}, openapi=_TEXT, info={}, paths={}, components={}, servers={})
+_DOCUMENT = _answers({200: "OpenAPI 3.1."}, openapi=_STRING, info={}, paths={}, components={}, servers={})
 _SELF = {"summary": "This document.", "responses": _ANYWHERE | _DOCUMENT}
-_CONTENT = {"message": _TEXT | {"maxLength": 10_000, "default": _MESSAGE}}
+_CONTENT = {"message": _STRING | {"maxLength": 10_000, "default": _MESSAGE}}
 _BODY = {"type": "object", "properties": _CONTENT, "additionalProperties": False}
 _SEND = {
     "summary": "Keep a notification, answer, and deliver it afterwards.",
     "security": [{}, {"token": []}],
     "parameters": [
-        {"name": "email", "in": "path", "required": True, "schema": _TEXT | {"pattern": _EMAIL, "maxLength": 254}},
-        {"name": "Idempotency-Key", "in": "header", "schema": _TEXT | {"pattern": "^[ -~]{1,255}$"}},
+        {"name": "email", "in": "path", "required": True, "schema": _STRING | {"pattern": _EMAIL, "maxLength": 254}},
+        {"name": "Idempotency-Key", "in": "header", "schema": _STRING | {"pattern": "^[ -~]{1,255}$"}},
     ],
     "requestBody": {"content": {"application/json": {"schema": _BODY}}},
-    "responses": _ANYWHERE | _REFUSED | _answers({202: "It is kept."}, id=_TEXT, message=_TEXT),
+    "responses": _ANYWHERE | _REFUSED | _answers({202: "It is kept."}, id=_STRING, message=_STRING),
 }
 _OPENAPI: dict[str, Any] = {
     "openapi": "3.1.0",

@@ -1821,6 +1821,7 @@ async def test_a_row_that_cannot_be_deleted_is_deleted_when_it_can_and_not_deliv
         with closing(sqlite3.connect(outbox / "outbox.db")) as db, db:
             db.execute("DROP TRIGGER no")
         await soon(lambda: rows(outbox) == 0)
+        assert await health(app) == counts()
     assert [n.id for n in sent] == [first]
 
 
