@@ -447,7 +447,7 @@ class _Outbox:
         with _transaction(self.open()) as db:
             if undeleted:
                 db.execute(_DELETE, (json.dumps(undeleted),))
-            fresh = self._sort_out(db, to_keep)
+            fresh = self._admit(db, to_keep)
             rows = self._worker, json.dumps([entry.line for entry in fresh])
             last = db.execute(_INSERT, rows).lastrowid or 0
             if probed:
@@ -462,7 +462,7 @@ class _Outbox:
             with suppress(sqlite3.Error):
                 db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
 
-    def _sort_out(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
+    def _admit(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
         now, room = time.time(), self._max_pending - (len(self.pending) - len(self._adopted))
         fresh: list[_Entry] = []
