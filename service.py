@@ -544,7 +544,8 @@ class _Outbox:
                 self.writer.wake()  # so that it tries again
             if not self._folder:
                 return
-            dead = self._find_dead({worker for (worker,) in self._adopt_db.execute(_OWNERS)})
+            owners = {worker for (worker,) in self._adopt_db.execute(_OWNERS)}
+            dead = self._find_dead(owners - {self._worker})
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._claim(dead)
