@@ -91,7 +91,7 @@ def _environment() -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------ notification
 
-_ID, _TEXT = slice(25, 57), slice(58, None)  # where a line has its id, after the time, and what is said
+_ID = slice(25, 57)  # where a line has its id: after 24 characters of time and a space
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class _Entry:
     key: str | None = None
     seq: int = 0  # in the outbox; 0: it is not there
     replayed: str = ""  # the id of an earlier one with its key
-    error: HTTPException | None = None  # why there is no 202
+    error: HTTPException | None = None  # why it is not kept, if not as the outbox cannot be written
     since: float | None = None  # when it failed first, on the monotonic clock
     due: float = 0.0  # when it is the relay's to deliver; inf: it is set aside; nan: not yet looked for in the log
 
@@ -136,6 +136,12 @@ def _read_line(line: str) -> Notification:
     accepted_at, id, _, _, email, message = line.split(" ", 5)
     message = message.encode("latin-1", "backslashreplace").decode("unicode_escape")
     return Notification(id, email.removesuffix(":"), message, accepted_at)
+
+
+def _digest(line: str) -> str:
+    """Of what came with an idempotency key."""
+    n = _read_line(line)
+    return hashlib.sha256(f"{n.email}\n{n.message}".encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- endpoints
@@ -183,8 +189,8 @@ class _Api:
             raise HTTPException(400, "Make Idempotency-Key 1 to 255 printable ASCII characters.")
         entry = _Entry(_text_of(email, await _read_message(headers, receive)), key)
         await self._outbox.writer.run(entry)
-        if entry.error:
-            raise entry.error
+        if not entry.seq and not entry.replayed:
+            raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         replayed = {"Idempotent-Replayed": "true"} if entry.replayed else None  # and there is nothing to deliver
         delivery = BackgroundTask(self._relay.deliver, entry)
         answer = _Accepted(entry.replayed or entry.line[_ID], 202, replayed, background=delivery)
@@ -431,7 +437,7 @@ class _Outbox:
             except BaseException as exc:  # whatever it is, there is no 202
                 self._error = exc
                 for entry in new:
-                    entry.error = HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
+                    entry.replayed, entry.error = "", None
                 self._warn("the outbox cannot be written, and answers are 503", exc)
                 if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
                     with suppress(Exception), _transaction(self.open()) as db:
@@ -467,9 +473,8 @@ class _Outbox:
         now, room = time.time(), self._max_pending - (len(self.pending) - len(self._adopted))
         fresh: list[_Entry] = []
         for entry in new:
-            digest = hashlib.sha256(entry.line[_TEXT].encode()).hexdigest() if entry.key else ""
             known = db.execute(_FIND_KEY, (entry.key, now - _DAY)).fetchone() if entry.key else None
-            if known and known[1] != digest:
+            if known and known[1] != _digest(entry.line):
                 entry.error = HTTPException(422, "Use another Idempotency-Key: this one came with other content.")
             elif known:
                 entry.replayed = known[0]
@@ -478,8 +483,9 @@ class _Outbox:
             else:
                 fresh.append(entry)
                 if entry.key:
-                    db.execute(_FORGET_KEYS, (now - _DAY,))  # here too, as nobody adopts in memory
-                    db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], digest, now))
+                    db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], _digest(entry.line), now))
+        if any(entry.key for entry in fresh):
+            db.execute(_FORGET_KEYS, (now - _DAY,))  # here too, as nobody adopts in memory
         return fresh
 
     def open(self) -> sqlite3.Connection:

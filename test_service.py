@@ -1327,6 +1327,19 @@ async def test_a_free_lock_is_left_to_the_next_start_as_somebody_may_be_about_to
             assert not new.exists()
 
 
+@together()
+async def test_who_lost_his_own_lock_does_not_take_himself_for_dead(folder):
+    gate, outbox = Gate(), folder / "outbox"
+    async with lifespan(create_app(gate.on_loop, outbox=outbox)) as app, anyio.create_task_group() as tasks:
+        tasks.start_soon(post, app)
+        await soon(lambda: len(gate.came) == 1)
+        for lock in outbox.glob("[0-9a-f]" * 16 + ".lock"):
+            lock.unlink()
+        await anyio.sleep(1.6 * service._LOOK)  # until it has looked
+        assert len(gate.came) == 1
+        gate.open()
+
+
 async def test_locks_of_the_dead_do_not_pile_up_and_no_other_lock_is_touched(outbox):
     outbox.mkdir()
     others = [outbox / "poetry.lock", outbox / "deadbeefdeadbeef.lock"]
@@ -1842,6 +1855,22 @@ async def test_an_outbox_that_is_replaced_while_it_is_in_use_promises_nothing_mo
     assert (first.status_code, second.status_code, status.status_code) == (202, 503, 503)
     assert str(outbox) in status.json()["status"]
     assert ids(log) == [first.json()["id"]]
+
+
+async def test_a_commit_that_fails_promises_nothing_to_those_who_sent_one_key_at_once(log, outbox):
+    answers, app = [], create_app(log=log, outbox=outbox)
+
+    async def ask():
+        answers.append(await post(app, headers={"Idempotency-Key": "one"}))
+
+    await health(app)
+    with closing(sqlite3.connect(outbox / "outbox.db")) as db, db:
+        db.execute("CREATE TRIGGER no BEFORE INSERT ON pending BEGIN SELECT RAISE(ABORT, 'no'); END")
+    async with anyio.create_task_group() as tasks:
+        for _ in range(8):
+            tasks.start_soon(ask)
+    assert [answer.status_code for answer in answers] == [503] * 8
+    assert not log.exists()
 
 
 @cases("notify", {"def": raises, "async def": as_async(raises), "log": None})
