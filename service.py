@@ -112,7 +112,7 @@ class _Entry:
     key: str | None = None
     seq: int = 0  # in the outbox; 0: it is not there
     replayed: str = ""  # the id of an earlier one with its key
-    error: HTTPException | None = None  # why it is not kept, if not as the outbox cannot be written
+    error: HTTPException | None = None  # why it is not kept; None, too, when the outbox cannot be written
     since: float | None = None  # when it failed first, on the monotonic clock
     due: float = 0.0  # when it is the relay's to deliver; inf: it is set aside; nan: not yet looked for in the log
 
