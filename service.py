@@ -399,15 +399,15 @@ class _Outbox:
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
-        self._error: BaseException | None = None  # of the last commit
+        self._error = ""  # of the last commit, as a text: an exception would keep all that its frames hold
         self._db: sqlite3.Connection | None = None
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
         self._taking, self.adopting = threading.Lock(), threading.Lock()  # held by who does so, and by close
         weakref.finalize(self, self._opened.close).atexit = False  # as something may be under way then
 
-    async def probe(self) -> tuple[BaseException | None, int, int]:
-        """Why the outbox cannot be written, if so; how many are pending; of how many the last attempt failed."""
+    async def probe(self) -> tuple[str, int, int]:
+        """Why the outbox cannot be written, or ""; how many are pending; of how many the last attempt failed."""
         await self.writer.run(_Entry(""))  # and so what was put before it is written first
         entries = list(self.pending.values())
         failed = sum(entry.since is not None for entry in entries)
@@ -435,7 +435,7 @@ class _Outbox:
             try:
                 self._commit(new)
             except BaseException as exc:  # whatever it is, there is no 202
-                self._error = exc
+                self._error = str(exc) or repr(exc)
                 for entry in new:
                     entry.replayed, entry.error = "", None
                 self._warn("the outbox cannot be written, and answers are 503", exc)
@@ -458,7 +458,7 @@ class _Outbox:
             last = db.execute(_INSERT, rows).lastrowid or 0
             if probed:
                 db.execute(_PROBE)
-        self._error = None
+        self._error = ""
         del self._undeleted[: len(undeleted)]
         late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
@@ -517,7 +517,7 @@ class _Outbox:
                 db.executescript(_SCHEMA)
             self._inode = self._path.stat().st_ino if self._folder else 0
             locks = self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")
-            self._find_dead({path.stem for path in locks})
+            self._find_dead({path.stem for path in locks})  # which removes theirs
             self._worker = secrets.token_hex(8)
             opened.enter_context(_locked(self._in_folder(f"{self._worker}.lock")))
             self._opened.push(opened.pop_all())

@@ -761,6 +761,20 @@ async def test_a_key_is_forgotten_after_24_hours(outbox, way):
     assert (await post(app, headers=KEY)).json() != first
 
 
+async def test_however_many_keys_come_and_are_old_a_commit_forgets_few(outbox):
+    """As other workers wait for its end."""
+    app = create_app(lambda n: None, outbox=outbox)
+    await health(app)
+    with closing(sqlite3.connect(outbox / "outbox.db")) as db, db:
+        db.executemany("INSERT INTO keys VALUES (?, '', '', 0)", [(f"old {number}",) for number in range(20_000)])
+    async with anyio.create_task_group() as tasks:
+        for number in range(16):  # which gather, for one commit or a few
+            tasks.start_soon(functools.partial(post, app, headers={"Idempotency-Key": f"new {number}"}))
+    with closing(sqlite3.connect(outbox / "outbox.db")) as db:
+        [[left]] = db.execute("SELECT count(*) FROM keys WHERE at = 0")
+    assert 10_000 < left < 20_000
+
+
 async def test_a_refused_request_does_not_use_up_its_key(app):
     refusal(await post(app, headers=KEY, json={"message": 1}), 422)
     response = await post(app, headers=KEY)
