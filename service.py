@@ -19,6 +19,7 @@ variable too, ``NOTIFY_`` and its name in capitals.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import io
 import json
@@ -45,7 +46,6 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
-from anyio.abc import TaskGroup
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
@@ -718,7 +718,7 @@ class _Relay:
         while not self._lifespans and time.monotonic() >= self._next_step and len(self._in_relay) < self._most_in_hand:
             async with anyio.create_task_group() as tasks:
                 await self._adopt()
-                self._step(tasks)
+                self._step(tasks.start_soon)
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -727,7 +727,7 @@ class _Relay:
         clock, error = anyio.CancelScope(), None
         async with anyio.create_task_group() as tasks:
             self._lifespans.add(clock)
-            tasks.start_soon(self._keep_time, clock, tasks)
+            tasks.start_soon(self._keep_time, clock, tasks.start_soon)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
@@ -747,12 +747,12 @@ class _Relay:
         if error:
             raise error
 
-    async def _keep_time(self, clock: anyio.CancelScope, tasks: TaskGroup) -> None:
+    async def _keep_time(self, clock: anyio.CancelScope, start_soon: Callable[..., object]) -> None:
         pause = _POLL
         with clock:
             while clock in self._lifespans:  # a sleep that is over when it is cancelled just ends
-                tasks.start_soon(self._adopt)  # beside what is due, as it may take long to search the log
-                self._step(tasks)
+                start_soon(self._adopt)  # beside what is due, as it may take long to search the log
+                self._step(start_soon)
                 await anyio.sleep(pause)
                 pause = _POLL if self._outbox.pending else min(2 * pause, 1)
 
@@ -766,7 +766,7 @@ class _Relay:
         except Exception as exc:
             self._warn("what is left in the outbox has to wait", exc)
 
-    def _step(self, tasks: TaskGroup) -> None:
+    def _step(self, start_soon: Callable[..., object]) -> None:
         """Start to deliver what is due."""
         for group in (self._outbox.writer, self._group):
             if group.rounds:  # as no thread could be had, and who waited was cancelled
@@ -775,7 +775,7 @@ class _Relay:
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
         room = max(0, self._most_in_hand - len(self._in_relay))
         for entry in due[:room]:
-            tasks.start_soon(self._attempt, entry, self._in_relay)
+            start_soon(self._attempt, entry, self._in_relay)
         self._next_step = now if len(due) > room else now + _POLL  # now: so that catch_up goes on
 
     async def _attempt(self, entry: _Entry, in_hand: set[_Entry], delay: float = 0.0) -> None:
@@ -1051,7 +1051,20 @@ def create_app(
     return service
 
 
+@asynccontextmanager
+async def _program(service: Starlette) -> AsyncIterator[None]:
+    """The lifespan of ``service:app``. A host's own process is not ours to tune, but this one is.
+
+    While requests wait, Python would look for garbage in all that was imported, which stops every answer for 10 ms.
+    """
+    gc.collect()
+    gc.freeze()
+    async with _lifespan(service):
+        yield
+
+
 app = create_app(**_environment())
+_lifespan, app.router.lifespan_context = app.router.lifespan_context, _program
 
 if __name__ == "__main__":
     import uvicorn
