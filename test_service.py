@@ -7,6 +7,7 @@ import asyncio
 import errno
 import fcntl
 import functools
+import gc
 import http.client
 import inspect
 import io
@@ -876,6 +877,17 @@ def test_run_as_a_program_it_serves_the_app(monkeypatch):
     monkeypatch.setattr("uvicorn.run", served.append)
     program = runpy.run_path(str(HERE / "service.py"), run_name="__main__")
     assert served == [program["app"]]
+
+
+async def test_the_collector_is_tuned_for_the_program_and_not_in_a_hosts_process(app, monkeypatch):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append("frozen"))
+    monkeypatch.setenv("NOTIFY_OUTBOX", ":memory:")
+    async with lifespan(app):
+        assert frozen == []
+    async with lifespan(runpy.run_path(str(HERE / "service.py"))["app"]) as program:
+        assert frozen == ["frozen"]
+        assert await health(program) == counts()
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
