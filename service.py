@@ -1059,8 +1059,11 @@ async def _program(service: Starlette) -> AsyncIterator[None]:
     """
     gc.collect()
     gc.freeze()
-    async with _lifespan(service):
-        yield
+    try:
+        async with _lifespan(service):
+            yield
+    finally:
+        gc.unfreeze()
 
 
 app = create_app(**_environment())

@@ -879,15 +879,16 @@ def test_run_as_a_program_it_serves_the_app(monkeypatch):
     assert served == [program["app"]]
 
 
-async def test_the_collector_is_tuned_for_the_program_and_not_in_a_hosts_process(app, monkeypatch):
-    frozen = []
-    monkeypatch.setattr(gc, "freeze", lambda: frozen.append("frozen"))
+async def test_the_collector_is_tuned_while_the_program_runs_and_never_for_a_host(app, monkeypatch):
     monkeypatch.setenv("NOTIFY_OUTBOX", ":memory:")
     async with lifespan(app):
-        assert frozen == []
-    async with lifespan(runpy.run_path(str(HERE / "service.py"))["app"]) as program:
-        assert frozen == ["frozen"]
-        assert await health(program) == counts()
+        assert gc.get_freeze_count() == 0
+    with pytest.raises(LookupError):
+        async with lifespan(runpy.run_path(str(HERE / "service.py"))["app"]) as program:
+            assert gc.get_freeze_count() > 0
+            assert await health(program) == counts()
+            raise LookupError
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
