@@ -881,14 +881,16 @@ def test_run_as_a_program_it_serves_the_app(monkeypatch):
 
 async def test_the_collector_is_tuned_while_the_program_runs_and_never_for_a_host(app, monkeypatch):
     monkeypatch.setenv("NOTIFY_OUTBOX", ":memory:")
+    as_it_was = 0, gc.get_threshold()
     async with lifespan(app):
-        assert gc.get_freeze_count() == 0
+        assert (gc.get_freeze_count(), gc.get_threshold()) == as_it_was
     with suppress(LookupError):
         async with lifespan(runpy.run_path(str(HERE / "service.py"))["app"]) as program:
             assert gc.get_freeze_count() > 0
+            assert gc.get_threshold() > as_it_was[1]
             assert await health(program) == counts()
             raise LookupError
-    assert gc.get_freeze_count() == 0
+    assert (gc.get_freeze_count(), gc.get_threshold()) == as_it_was
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
