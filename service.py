@@ -44,7 +44,6 @@ from traceback import format_exception_only
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -259,22 +258,15 @@ def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
 # is handled even if the one who waited for it was cancelled.
 
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
+_Round = tuple[Any, list[_Entry], list[Any]]  # how threads call the event loop; what gathered on it; who waits there
 
 
-@dataclass(slots=True, eq=False)
-class _Round:
-    """What gathered on one event loop, and who waits for it."""
-
-    call_soon: Any  # of the loop, for other threads
-    entries: list[_Entry]
-    waiters: list[Any]  # of each a future, or an event of trio's
-
-    def wake_all(self) -> None:
-        for waiter in self.waiters:
-            if isinstance(waiter, anyio.Event):
-                waiter.set()
-            elif not waiter.done():  # as it is for who was cancelled
-                waiter.set_result(None)
+def _wake_all(waiters: list[Any]) -> None:
+    for waiter in waiters:
+        if isinstance(waiter, anyio.Event):  # trio's
+            waiter.set()
+        elif not waiter.done():  # as it is for who was cancelled
+            waiter.set_result(None)
 
 
 class _Group:
@@ -295,17 +287,19 @@ class _Group:
             waiter: Any = loop.create_future()
             at_end_of_turn, call_soon = loop.call_soon, loop.call_soon_threadsafe
         except RuntimeError:
-            loop, waiter = anyio.lowlevel.current_token().native_token, anyio.Event()  # trio's
+            from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
+
+            loop, waiter = current_token().native_token, anyio.Event()
             at_end_of_turn = call_soon = loop.run_sync_soon
         key = entry if self._max_threads else loop
         with self._lock:
-            its_round = self.rounds.get(key)
-            if its_round is None:
-                its_round = self.rounds[key] = _Round(call_soon, [], [])
+            if key not in self.rounds:
+                self.rounds[key] = call_soon, [], []
                 if self._threads:
                     at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
-            its_round.entries.append(entry)
-            its_round.waiters.append(waiter)
+            _, entries, waiters = self.rounds[key]
+            entries.append(entry)
+            waiters.append(waiter)
         while not (self._threads or self.wake()):  # as none can be had now
             await anyio.sleep(_LINGER)
         await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
@@ -324,13 +318,13 @@ class _Group:
     def _work(self) -> None:
         while (rounds := self._take()) is not None:
             try:
-                self._handle([entry for one in rounds for entry in one.entries])
+                self._handle([entry for _, entries, _ in rounds for entry in entries])
             except BaseException:
                 with suppress(Exception):
                     log.exception("this should not happen, and is a bug of the service")
-            for one in rounds:
+            for call_soon, _, waiters in rounds:
                 with suppress(Exception):  # the loop is closed, and nobody waits
-                    one.call_soon(one.wake_all)
+                    call_soon(_wake_all, waiters)
 
     def _take(self) -> list[_Round] | None:
         with self._lock:
@@ -794,7 +788,7 @@ class _Relay:
             if in_hand is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
                 raise  # but not in a task of the relay's, as it would end all of them
             if isinstance(exc, BaseExceptionGroup):  # of a nursery of trio's, which tells again if this task ends
-                await anyio.lowlevel.checkpoint_if_cancelled()
+                await anyio.sleep(0)
         else:
             if not self._is_async:
                 await self._group.run(entry)
