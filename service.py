@@ -33,7 +33,6 @@ import sqlite3
 import struct
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
@@ -380,6 +379,7 @@ class _Outbox:
     def __init__(self, folder: str | Path, max_pending: int, fsync: bool) -> None:
         self._folder = None if str(folder) == ":memory:" else Path(folder).absolute()
         self._path = self._folder / "outbox.db" if self._folder else Path(":memory:")
+        self._wal = f"{self._path}-wal"
         self._pragmas = (
             "page_size = 2048",  # bytes: most commits change a line or a few, and write whole pages
             "journal_mode = WAL",  # who reads does not wait for who writes
@@ -398,7 +398,6 @@ class _Outbox:
         self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
         self._taking, self.adopting = threading.Lock(), threading.Lock()  # held by who does so, and by close
-        weakref.finalize(self, self._opened.close).atexit = False  # as something may be under way then
 
     async def probe(self) -> tuple[str, int, int]:
         """Why the outbox cannot be written, or ""; how many are pending; of how many the last attempt failed."""
@@ -488,7 +487,8 @@ class _Outbox:
             with self._lock:
                 if self._db is None:
                     self._db = self._start()
-                elif self._folder and (self._path.stat().st_ino != self._inode or not _exists(f"{self._path}-wal")):
+                elif self._folder and (self._path.stat().st_ino != self._inode or not os.access(self._wal, os.F_OK)):
+                    # To stat the WAL would have its next write record the time anew, which costs I/O at each commit.
                     raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
             remedy = "mend it, or move it away while no worker runs, or name another (NOTIFY_OUTBOX, outbox=)"
@@ -655,11 +655,6 @@ def _is_wal_header(header: bytes) -> bool:
         a = (a + x + b) % 2**32
         b = (b + y + a) % 2**32
     return header[:3] == b"\x37\x7f\x06" and header[24:] == struct.pack(">II", a, b)
-
-
-def _exists(path: str) -> bool:
-    """Not by a stat: after one, the next write to the WAL records its time anew, which costs I/O at each commit."""
-    return os.access(path, os.F_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _sync_folder(folder: Path) -> None:
