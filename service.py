@@ -367,6 +367,9 @@ _FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ?
 _KEEP_KEY = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?)"
 _FIND_KEY = "SELECT id, digest FROM keys WHERE key = ? AND at >= ?"
 
+# A lock that dies with its process: SQLite's own, on an empty file, where there is nothing to roll back.
+_LOCK = "PRAGMA journal_mode = OFF", "BEGIN EXCLUSIVE"  # both wait for who has it
+
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
 _LATE = 2.0  # seconds after which a request's task is taken for lost
@@ -377,15 +380,16 @@ class _Outbox:
     """What is accepted and not yet delivered, in SQLite, and the thread that writes it down."""
 
     def __init__(self, folder: str | Path, max_pending: int, fsync: bool) -> None:
-        self._folder = None if str(folder) == ":memory:" else Path(folder).absolute()
-        self._path = self._folder / "outbox.db" if self._folder else Path(":memory:")
+        self._on_disk = str(folder) != ":memory:"
+        self._folder = Path(folder).absolute() if self._on_disk else Path(folder)
+        self._path = self._folder / "outbox.db"
         self._wal = f"{self._path}-wal"
         self._pragmas = (
-            "page_size = 2048",  # bytes: most commits change a line or a few, and write whole pages
-            "journal_mode = WAL",  # who reads does not wait for who writes
-            f"synchronous = {'FULL' if fsync else 'NORMAL'}",  # FULL: a commit is on the disk
-            "wal_autocheckpoint = 256",  # pages: the WAL shall not fill a small disk; see adopt, too
-            "busy_timeout = 1",  # ms: _transaction tries again, and adopt at its next look
+            "PRAGMA page_size = 2048",  # bytes: most commits change a line or a few, and write whole pages
+            "PRAGMA journal_mode = WAL",  # who reads does not wait for who writes
+            f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}",  # FULL: a commit is on the disk
+            "PRAGMA wal_autocheckpoint = 256",  # pages: the WAL shall not fill a small disk; see adopt, too
+            "PRAGMA busy_timeout = 1",  # ms: _transaction tries again, and adopt at its next look
         )
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write), _Warnings(1)
@@ -395,7 +399,6 @@ class _Outbox:
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
         self._error = ""  # of the last commit, as a text: an exception would keep all that its frames hold
         self._db: sqlite3.Connection | None = None
-        self._opened = ExitStack()  # what is closed with it
         self._lock = threading.RLock()  # held while it is opened, written or closed
         self._taking, self.adopting = threading.Lock(), threading.Lock()  # held by who does so, and by close
 
@@ -487,7 +490,7 @@ class _Outbox:
             with self._lock:
                 if self._db is None:
                     self._db = self._start()
-                elif self._folder and (self._path.stat().st_ino != self._inode or not os.access(self._wal, os.F_OK)):
+                elif self._on_disk and (self._path.stat().st_ino != self._inode or not os.access(self._wal, os.F_OK)):
                     # To stat the WAL would have its next write record the time anew, which costs I/O at each commit.
                     raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
@@ -496,45 +499,41 @@ class _Outbox:
         return self._db
 
     def _start(self) -> sqlite3.Connection:
-        if self._folder:
+        if self._on_disk:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for parent in self._folder.parents:
                 _sync_folder(parent)
         log.info("opening the outbox %s", self._path)
-        with _locked(self._in_folder("outbox.lock")), ExitStack() as opened:
-            self.log_lock = opened.enter_context(_connected(self._in_folder("log.lock")))
-            is_new = not self._folder or _is_new(self._path)
-            if is_new and self._folder:
+        with _connected(self._folder / "outbox.lock", *_LOCK), ExitStack() as opened:
+            self.log_lock = opened.enter_context(_connected(self._folder / "log.lock"))
+            is_new = not self._on_disk or _is_new(self._path)
+            if is_new and self._on_disk:
                 self._path.touch(0o600)  # for nobody else, from the first moment
             db, self._adopt_db = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
             if is_new:
                 db.executescript(_SCHEMA)
-            self._inode = self._path.stat().st_ino if self._folder else 0
-            locks = self._in_folder("").glob("[0-9a-f]" * 16 + ".lock")
+            self._inode = self._path.stat().st_ino if self._on_disk else 0
+            locks = self._folder.glob("[0-9a-f]" * 16 + ".lock")
             self._find_dead({path.stem for path in locks})  # which removes theirs
             self._worker = secrets.token_hex(8)
-            opened.enter_context(_locked(self._in_folder(f"{self._worker}.lock")))
-            self._opened.push(opened.pop_all())
+            opened.enter_context(_connected(self._folder / f"{self._worker}.lock", *_LOCK))
+            self._opened = opened.pop_all()  # what is closed with it
             return db
-
-    def _in_folder(self, name: str) -> Path:
-        return self._folder / name if self._folder else self._path
 
     def close(self) -> None:
         """Let go of the outbox, and leave what waits to whoever looks next.
 
-        Does nothing while something is in hand, or about to be, or undeleted: the outbox then stays open until the
-        process ends.
+        Not if something is in hand, about to be, or undeleted: it then stays open until the process ends.
         """
-        with self.adopting, self._lock, _locked(self._in_folder("outbox.lock")):  # nobody shall start meanwhile
+        with self.adopting, self._lock, _connected(self._folder / "outbox.lock", *_LOCK):  # nobody starts meanwhile
             with self._taking:
-                in_hand, now = len(self.pending) - len(self.waiting), time.monotonic()
-                new = any(entry.since is None and entry.due > now for entry in list(self.waiting.values()))
-                if not self._folder or self._undeleted or in_hand or new:
+                now = time.monotonic()
+                left = sum(entry.since is not None or not entry.due > now for entry in list(self.waiting.values()))
+                if not self._on_disk or self._undeleted or left < len(self.pending):
                     return
                 self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
             self._opened.close()
-            self._in_folder(f"{self._worker}.lock").unlink(missing_ok=True)
+            (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
 
     def adopt(self, find_delivered: Callable[[set[str]], set[str]]) -> None:
         """Take over what the dead left; waits for the disk, and as long as it takes to search the log."""
@@ -542,7 +541,7 @@ class _Outbox:
             self.open()
             if self._undeleted:
                 self.writer.wake()  # so that it tries again
-            if not self._folder:
+            if not self._on_disk:
                 return
             owners = {worker for (worker,) in self._adopt_db.execute(_OWNERS)}
             dead = self._find_dead(owners - {self._worker})
@@ -566,9 +565,9 @@ class _Outbox:
         dead: list[str] = []
         for worker in workers:
             with suppress(sqlite3.Error, OSError):  # it lives, or this is no lock of ours
-                with _locked(self._in_folder(f"{worker}.lock"), wait=0):
+                with _connected(self._folder / f"{worker}.lock", *_LOCK, wait=0):
                     dead.append(worker)
-                self._in_folder(f"{worker}.lock").unlink()
+                (self._folder / f"{worker}.lock").unlink()
         return dead
 
     def _claim(self, dead: list[str]) -> None:
@@ -599,16 +598,10 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def _locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[None]:
-    with _connected(path, wait=wait) as db, _exclusive(db):
-        yield
-
-
-@contextmanager
 def _exclusive(db: sqlite3.Connection) -> Iterator[None]:
-    """Hold a lock that dies with its process: SQLite's own, on an empty file."""
-    db.execute("PRAGMA journal_mode = OFF")  # as there is nothing to roll back; waits for who has the lock, too
-    db.execute("BEGIN EXCLUSIVE")
+    """Hold the lock only for a while."""
+    for statement in _LOCK:
+        db.execute(statement)
     try:
         yield
     finally:
@@ -616,12 +609,13 @@ def _exclusive(db: sqlite3.Connection) -> Iterator[None]:
 
 
 @contextmanager
-def _connected(path: Path, *pragmas: str, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
-    with closing(sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)) as db:
-        if path.is_absolute():  # not in memory
+def _connected(path: Path, *statements: str, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
+    name = path if path.is_absolute() else ":memory:"
+    with closing(sqlite3.connect(name, timeout=wait, isolation_level=None, check_same_thread=False)) as db:
+        if path.is_absolute():
             path.chmod(0o600)  # only now: to open and close it ourselves would drop this process's locks on it
-        for pragma in pragmas:
-            db.execute(f"PRAGMA {pragma}")
+        for statement in statements:
+            db.execute(statement)
         yield db
 
 
