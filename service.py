@@ -367,8 +367,9 @@ _FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ?
 _KEEP_KEY = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?)"
 _FIND_KEY = "SELECT id, digest FROM keys WHERE key = ? AND at >= ?"
 
-# A lock that dies with its process: SQLite's own, on an empty file, where there is nothing to roll back.
-_LOCK = "PRAGMA journal_mode = OFF", "BEGIN EXCLUSIVE"  # both wait for who has it
+# Locks are SQLite's own, as these die with their process: one is held until it is closed, one by transactions.
+_LOCK = "PRAGMA journal_mode = OFF", "BEGIN EXCLUSIVE"  # on an empty file, where there is nothing to roll back
+_LOG_LOCK = "CREATE TABLE IF NOT EXISTS filler (filler)"  # as to commit in an empty file would need room on the disk
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
@@ -505,7 +506,7 @@ class _Outbox:
                 _sync_folder(parent)
         log.info("opening the outbox %s", self._path)
         with _connected(self._folder / "outbox.lock", *_LOCK), ExitStack() as opened:
-            self.log_lock = opened.enter_context(_connected(self._folder / "log.lock"))
+            self.log_lock = opened.enter_context(_connected(self._folder / "log.lock", _LOG_LOCK))
             is_new = not self._on_disk or _is_new(self._path)
             if is_new and self._on_disk:
                 self._path.touch(0o600)  # for nobody else, from the first moment
@@ -595,17 +596,6 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
                 raise
     with db:
         yield db
-
-
-@contextmanager
-def _exclusive(db: sqlite3.Connection) -> Iterator[None]:
-    """Hold the lock only for a while."""
-    for statement in _LOCK:
-        db.execute(statement)
-    try:
-        yield
-    finally:
-        db.execute("ROLLBACK")  # a COMMIT would need room on the disk
 
 
 @contextmanager
@@ -875,7 +865,7 @@ class _LogFile:
         if not lines:
             return
         data = "\n".join([*lines, ""]).encode()
-        with _exclusive(self._outbox.log_lock):  # which keeps the lines of all its workers apart
+        with _transaction(self._outbox.log_lock):  # which keeps the lines of all its workers apart
             file = self._open()
             end = _cut_torn_line(file) if file.readable() else None
             if end == 0:
