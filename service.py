@@ -354,6 +354,7 @@ PRAGMA application_id = {_APPLICATION_ID};
 COMMIT;
 PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 """
+_CHECK = "SELECT *, (SELECT count(*) FROM sqlite_schema) FROM pragma_quick_check(1), pragma_application_id"
 # One statement for many rows, as with each the thread gives up the interpreter, and has to get it back.
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
@@ -384,7 +385,7 @@ class _Outbox:
         self._on_disk = str(folder) != ":memory:"
         self._folder = Path(folder).absolute() if self._on_disk else Path(folder)
         self._path = self._folder / "outbox.db"
-        self._wal = f"{self._path}-wal"
+        self._wal = Path(f"{self._path}-wal")
         self._pragmas = (
             "PRAGMA page_size = 2048",  # bytes: most commits change a line or a few, and write whole pages
             "PRAGMA journal_mode = WAL",  # who reads does not wait for who writes
@@ -507,9 +508,7 @@ class _Outbox:
         log.info("opening the outbox %s", self._path)
         with _connected(self._folder / "outbox.lock", *_LOCK), ExitStack() as opened:
             self.log_lock = opened.enter_context(_connected(self._folder / "log.lock", _LOG_LOCK))
-            is_new = not self._on_disk or _is_new(self._path)
-            if is_new and self._on_disk:
-                self._path.touch(0o600)  # for nobody else, from the first moment
+            is_new = not self._on_disk or _is_new(self._path, self._wal)
             db, self._adopt_db = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
             if is_new:
                 db.executescript(_SCHEMA)
@@ -609,24 +608,18 @@ def _connected(path: Path, *statements: str, wait: float = _LOCK_WAIT) -> Iterat
         yield db
 
 
-def _is_new(path: Path) -> bool:
-    """Whether there is no database yet; raises if there is one, but damaged or another program's. Changes nothing."""
-    wal = Path(f"{path}-wal")
-    size = path.stat().st_size if path.exists() else 0
-    changes = b""
+def _is_new(path: Path, wal: Path) -> bool:
+    """Whether nothing was ever in the database; makes its file. Or raises, and changes nothing, if it is no good."""
+    size, changes = path.stat().st_size if path.exists() else 0, b""
     with suppress(FileNotFoundError):  # as it goes with the last who closes the database
         changes = wal.read_bytes()
-    if any(changes) and not _is_wal_header(changes[:32].ljust(32)):
-        raise OSError(f"{wal.name} is damaged")
-    if size < 512 and (size or changes):  # SQLite would take it for new, and remove its WAL
-        raise OSError(f"{path.name} is damaged")
+    if (any(changes) and not _is_wal_header(changes[:32].ljust(32))) or (size < 512 and (size or changes)):
+        raise OSError("it is damaged")  # and SQLite would do without its WAL, and remove that
     if not size:
+        path.touch(0o600)  # for nobody else, from the first moment
         return True
-    mode = "mode=ro" if wal.exists() else "mode=ro&immutable=1"
-    with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", timeout=_LOCK_WAIT, uri=True)) as db:
-        [[verdict]] = db.execute("PRAGMA quick_check(1)")
-        [[application]] = db.execute("PRAGMA application_id")
-        [[tables]] = db.execute("SELECT count(*) FROM sqlite_schema")
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable={not wal.exists():d}", uri=True)) as db:
+        [[verdict, application, tables]] = db.execute(_CHECK)
     if verdict != "ok" or (application != _APPLICATION_ID and (application or tables)):
         raise OSError("it is another program's" if verdict == "ok" else verdict)
     return not tables  # as when the disk was full, or the process killed, while it was made
