@@ -438,8 +438,8 @@ class _Outbox:
                     entry.replayed, entry.error = "", None
                 self._warn("the outbox cannot be written, and answers are 503", exc)
                 if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
-                    with suppress(Exception), _transaction(self.open()) as db:
-                        db.execute(_PROBE)  # over the commit, which may be whole in the WAL, and replayed by a start
+                    with suppress(Exception):  # over this one, which may be whole in the WAL, for a start to replay
+                        self._commit([_Entry("")])
 
     def _commit(self, new: list[_Entry]) -> None:
         undeleted = self._undeleted.copy()
@@ -452,15 +452,13 @@ class _Outbox:
             if undeleted:
                 db.execute(_DELETE, (json.dumps(undeleted),))
             fresh = self._admit(db, to_keep)
-            rows = self._worker, json.dumps([entry.line for entry in fresh])
-            last = db.execute(_INSERT, rows).lastrowid or 0
+            last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
             if probed:
                 db.execute(_PROBE)
         self._error = ""
         del self._undeleted[: len(undeleted)]
-        late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
-            entry.seq, entry.due = seq, late
+            entry.seq, entry.due = seq, time.monotonic() + _LATE
             self.pending[seq] = self.waiting[seq] = entry
         if probed:
             with suppress(sqlite3.Error):
@@ -545,9 +543,11 @@ class _Outbox:
                 return
             owners = {worker for (worker,) in self._adopt_db.execute(_OWNERS)}
             dead = self._find_dead(owners - {self._worker})
+            untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                self._claim(dead)
+                while dead and untried < _MOST_ADOPTED and (claimed := self._claim(dead)):
+                    untried += claimed
                 self._adopt_db.execute(_FORGET_KEYS, (time.time() - _DAY,))
             unsearched = [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]
             if unsearched:
@@ -570,18 +570,14 @@ class _Outbox:
                 (self._folder / f"{worker}.lock").unlink()
         return dead
 
-    def _claim(self, dead: list[str]) -> None:
-        """Make ours what the dead left; few in one transaction, as other workers' commits wait for its end."""
-        untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
-        while dead and untried < _MOST_ADOPTED:
-            with _transaction(self._adopt_db) as db:
-                rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
-            for line, seq in rows:
-                self._adopted.add(seq)
-                self.pending[seq] = self.waiting[seq] = _Entry(line, seq=seq, due=math.nan)
-            untried += len(rows)
-            if not rows:
-                break
+    def _claim(self, dead: list[str]) -> int:
+        """Make ours what the dead left, or the first of it, as other workers' commits wait for the end; how many."""
+        with _transaction(self._adopt_db) as db:
+            rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
+        for line, seq in rows:
+            self._adopted.add(seq)
+            self.pending[seq] = self.waiting[seq] = _Entry(line, seq=seq, due=math.nan)
+        return len(rows)
 
 
 @contextmanager
