@@ -111,6 +111,7 @@ class _Entry:
     seq: int = 0  # in the outbox; 0: it is not there
     replayed: str = ""  # the id of an earlier one with its key
     error: HTTPException | None = None  # why it is not kept; None, too, when the outbox cannot be written
+    failure: str = ""  # why that cannot be
     since: float | None = None  # when it failed first, on the monotonic clock
     due: float = 0.0  # when it is the relay's to deliver; inf: it is set aside; nan: not yet looked for in the log
 
@@ -358,18 +359,15 @@ _CHECK = "SELECT *, (SELECT count(*) FROM sqlite_schema) FROM pragma_quick_check
 # One statement for many rows, as with each the thread gives up the interpreter, and has to get it back.
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
-_OWNERS = "SELECT DISTINCT worker FROM pending"
-_CLAIM = """
-UPDATE pending SET worker = ? WHERE seq IN (
-    SELECT seq FROM pending WHERE worker IN (SELECT value FROM json_each(?)) LIMIT 500
-) RETURNING line, seq
-"""
+_OTHERS = "SELECT DISTINCT worker FROM pending WHERE worker != ?"
+_LEFT = "SELECT seq FROM pending WHERE worker IN (SELECT value FROM json_each(?)) LIMIT 500"
+_CLAIM = f"UPDATE pending SET worker = ? WHERE seq IN ({_LEFT}) RETURNING line, seq"
 _FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ? LIMIT 1000)"
 _KEEP_KEY = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?)"
 _FIND_KEY = "SELECT id, digest FROM keys WHERE key = ? AND at >= ?"
 
 # Locks are SQLite's own, as these die with their process: one is held until it is closed, one by transactions.
-_LOCK = "PRAGMA journal_mode = OFF", "BEGIN EXCLUSIVE"  # on an empty file, where there is nothing to roll back
+_LOCK = "PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE"  # on an empty file, where there is nothing to roll back
 _LOG_LOCK = "CREATE TABLE IF NOT EXISTS filler (filler)"  # as to commit in an empty file would need room on the disk
 
 _DAY = 24 * 60 * 60.0  # seconds
@@ -386,30 +384,30 @@ class _Outbox:
         self._folder = Path(folder).absolute() if self._on_disk else Path(folder)
         self._path = self._folder / "outbox.db"
         self._wal = Path(f"{self._path}-wal")
-        self._pragmas = (
-            "PRAGMA page_size = 2048",  # bytes: most commits change a line or a few, and write whole pages
-            "PRAGMA journal_mode = WAL",  # who reads does not wait for who writes
-            f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}",  # FULL: a commit is on the disk
-            "PRAGMA wal_autocheckpoint = 256",  # pages: the WAL shall not fill a small disk; see adopt, too
-            "PRAGMA busy_timeout = 1",  # ms: _transaction tries again, and adopt at its next look
-        )
+        self._pragmas = f"""
+            PRAGMA page_size = 2048;         -- bytes: most commits change a line or a few, and write whole pages
+            PRAGMA journal_mode = WAL;       -- who reads does not wait for who writes
+            PRAGMA synchronous = {"FULL" if fsync else "NORMAL"};     -- FULL: a commit is on the disk
+            PRAGMA wal_autocheckpoint = 256; -- pages: the WAL shall not fill a small disk; see adopt, too
+            PRAGMA busy_timeout = 1;         -- ms: _transaction tries again, and adopt at its next look
+        """
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write), _Warnings(1)
         self.pending: dict[int, _Entry] = {}  # what is ours and undelivered
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
-        self._error = ""  # of the last commit, as a text: an exception would keep all that its frames hold
         self._db: sqlite3.Connection | None = None
         self._lock = threading.RLock()  # held while it is opened, written or closed
         self._taking, self.adopting = threading.Lock(), threading.Lock()  # held by who does so, and by close
 
     async def probe(self) -> tuple[str, int, int]:
         """Why the outbox cannot be written, or ""; how many are pending; of how many the last attempt failed."""
-        await self.writer.run(_Entry(""))  # and so what was put before it is written first
+        entry = _Entry("")
+        await self.writer.run(entry)  # and so what was put before it is written first
         entries = list(self.pending.values())
         failed = sum(entry.since is not None for entry in entries)
-        return self._error, sum(entry.due != math.inf for entry in entries), failed
+        return entry.failure, sum(entry.due != math.inf for entry in entries), failed
 
     def take(self, entry: _Entry) -> bool:
         """Whether the entry is the caller's to deliver, as it is for the first who asks."""
@@ -433,9 +431,8 @@ class _Outbox:
             try:
                 self._commit(new)
             except BaseException as exc:  # whatever it is, there is no 202
-                self._error = str(exc) or repr(exc)
                 for entry in new:
-                    entry.replayed, entry.error = "", None
+                    entry.replayed, entry.error, entry.failure = "", None, str(exc) or repr(exc)
                 self._warn("the outbox cannot be written, and answers are 503", exc)
                 if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
                     with suppress(Exception):  # over this one, which may be whole in the WAL, for a start to replay
@@ -455,14 +452,12 @@ class _Outbox:
             last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
             if probed:
                 db.execute(_PROBE)
-        self._error = ""
         del self._undeleted[: len(undeleted)]
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
             entry.seq, entry.due = seq, time.monotonic() + _LATE
             self.pending[seq] = self.waiting[seq] = entry
         if probed:
-            with suppress(sqlite3.Error):
-                db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
+            db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
 
     def _admit(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
@@ -504,31 +499,27 @@ class _Outbox:
             for parent in self._folder.parents:
                 _sync_folder(parent)
         log.info("opening the outbox %s", self._path)
-        with _connected(self._folder / "outbox.lock", *_LOCK), ExitStack() as opened:
+        with _connected(self._folder / "outbox.lock", _LOCK), ExitStack() as opened:
             self.log_lock = opened.enter_context(_connected(self._folder / "log.lock", _LOG_LOCK))
             is_new = not self._on_disk or _is_new(self._path, self._wal)
-            db, self._adopt_db = (opened.enter_context(_connected(self._path, *self._pragmas)) for _ in range(2))
+            db, self._adopt_db = (opened.enter_context(_connected(self._path, self._pragmas)) for _ in range(2))
             if is_new:
                 db.executescript(_SCHEMA)
             self._inode = self._path.stat().st_ino if self._on_disk else 0
-            locks = self._folder.glob("[0-9a-f]" * 16 + ".lock")
-            self._find_dead({path.stem for path in locks})  # which removes theirs
+            self._find_dead([path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")])  # to remove theirs
             self._worker = secrets.token_hex(8)
-            opened.enter_context(_connected(self._folder / f"{self._worker}.lock", *_LOCK))
+            opened.enter_context(_connected(self._folder / f"{self._worker}.lock", _LOCK))
             self._opened = opened.pop_all()  # what is closed with it
             return db
 
     def close(self) -> None:
-        """Let go of the outbox, and leave what waits to whoever looks next.
-
-        Not if something is in hand, about to be, or undeleted: it then stays open until the process ends.
-        """
-        with self.adopting, self._lock, _connected(self._folder / "outbox.lock", *_LOCK):  # nobody starts meanwhile
+        """Let go of the outbox, and leave what waits to whoever looks next."""
+        with self.adopting, self._lock, _connected(self._folder / "outbox.lock", _LOCK):  # nobody starts meanwhile
             with self._taking:
                 now = time.monotonic()
                 left = sum(entry.since is not None or not entry.due > now for entry in list(self.waiting.values()))
                 if not self._on_disk or self._undeleted or left < len(self.pending):
-                    return
+                    return  # as it is in use: it stays open until the process ends
                 self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
             self._opened.close()
             (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
@@ -541,8 +532,7 @@ class _Outbox:
                 self.writer.wake()  # so that it tries again
             if not self._on_disk:
                 return
-            owners = {worker for (worker,) in self._adopt_db.execute(_OWNERS)}
-            dead = self._find_dead(owners - {self._worker})
+            dead = self._find_dead([worker for (worker,) in self._adopt_db.execute(_OTHERS, (self._worker,))])
             untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -557,15 +547,13 @@ class _Outbox:
                 for entry in unsearched:
                     entry.due = 0.0
 
-    def _find_dead(self, workers: set[str]) -> list[str]:
-        """Those of whom nobody holds the lock, which goes: no name is used twice, and so they stay dead.
-
-        Who has a row has had its lock. Who has none may be about to take it, unless this process holds outbox.lock.
-        """
+    def _find_dead(self, workers: list[str]) -> list[str]:
+        """Those of whom nobody holds the lock, which goes: no name is used twice, and so they stay dead."""
+        # Who has a row has had its lock. Who has none may be about to take it, unless this process holds outbox.lock.
         dead: list[str] = []
         for worker in workers:
             with suppress(sqlite3.Error, OSError):  # it lives, or this is no lock of ours
-                with _connected(self._folder / f"{worker}.lock", *_LOCK, wait=0):
+                with _connected(self._folder / f"{worker}.lock", _LOCK, wait=0):
                     dead.append(worker)
                 (self._folder / f"{worker}.lock").unlink()
         return dead
@@ -594,13 +582,12 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def _connected(path: Path, *statements: str, wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
+def _connected(path: Path, script: str = "", wait: float = _LOCK_WAIT) -> Iterator[sqlite3.Connection]:
     name = path if path.is_absolute() else ":memory:"
     with closing(sqlite3.connect(name, timeout=wait, isolation_level=None, check_same_thread=False)) as db:
         if path.is_absolute():
             path.chmod(0o600)  # only now: to open and close it ourselves would drop this process's locks on it
-        for statement in statements:
-            db.execute(statement)
+        db.executescript(script)
         yield db
 
 
