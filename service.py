@@ -506,7 +506,7 @@ class _Outbox:
             if is_new:
                 db.executescript(_SCHEMA)
             self._inode = self._path.stat().st_ino if self._on_disk else 0
-            self._find_dead([path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")])  # to remove theirs
+            list(self._dead_of(path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")))  # to remove theirs
             self._worker = secrets.token_hex(8)
             opened.enter_context(_connected(self._folder / f"{self._worker}.lock", _LOCK))
             self._opened = opened.pop_all()  # what is closed with it
@@ -532,7 +532,7 @@ class _Outbox:
                 self.writer.wake()  # so that it tries again
             if not self._on_disk:
                 return
-            dead = self._find_dead([worker for (worker,) in self._adopt_db.execute(_OTHERS, (self._worker,))])
+            dead = list(self._dead_of(worker for (worker,) in self._adopt_db.execute(_OTHERS, (self._worker,))))
             untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -547,16 +547,14 @@ class _Outbox:
                 for entry in unsearched:
                     entry.due = 0.0
 
-    def _find_dead(self, workers: list[str]) -> list[str]:
+    def _dead_of(self, workers: Iterator[str]) -> Iterator[str]:
         """Those of whom nobody holds the lock, which goes: no name is used twice, and so they stay dead."""
         # Who has a row has had its lock. Who has none may be about to take it, unless this process holds outbox.lock.
-        dead: list[str] = []
         for worker in workers:
             with suppress(sqlite3.Error, OSError):  # it lives, or this is no lock of ours
                 with _connected(self._folder / f"{worker}.lock", _LOCK, wait=0):
-                    dead.append(worker)
+                    yield worker
                 (self._folder / f"{worker}.lock").unlink()
-        return dead
 
     def _claim(self, dead: list[str]) -> int:
         """Make ours what the dead left, or the first of it, as other workers' commits wait for the end; how many."""
