@@ -399,20 +399,18 @@ class _Outbox:
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
         self._db: sqlite3.Connection | None = None
         self._lock = threading.RLock()  # held while it is opened, written or closed
-        self._taking, self.adopting = threading.Lock(), threading.Lock()  # held by who does so, and by close
+        self.adopting = threading.Lock()  # held by who does so, and by close
 
     async def probe(self) -> tuple[str, int, int]:
         """Why the outbox cannot be written, or ""; how many are pending; of how many the last attempt failed."""
         entry = _Entry("")
         await self.writer.run(entry)  # and so what was put before it is written first
-        entries = list(self.pending.values())
-        failed = sum(entry.since is not None for entry in entries)
-        return entry.failure, sum(entry.due != math.inf for entry in entries), failed
+        ours = list(self.pending.values())
+        return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
 
     def take(self, entry: _Entry) -> bool:
         """Whether the entry is the caller's to deliver, as it is for the first who asks."""
-        with self._taking:
-            return self.waiting.pop(entry.seq, None) is not None
+        return self.waiting.pop(entry.seq, None) is not None
 
     def settle(self, entries: list[_Entry]) -> None:
         """Count these as delivered; their rows stay."""
@@ -515,12 +513,13 @@ class _Outbox:
     def close(self) -> None:
         """Let go of the outbox, and leave what waits to whoever looks next."""
         with self.adopting, self._lock, _connected(self._folder / "outbox.lock", _LOCK):  # nobody starts meanwhile
-            with self._taking:
-                now = time.monotonic()
-                left = sum(entry.since is not None or not entry.due > now for entry in list(self.waiting.values()))
-                if not self._on_disk or self._undeleted or left < len(self.pending):
-                    return  # as it is in use: it stays open until the process ends
-                self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
+            now = time.monotonic()
+            old = [entry for entry in list(self.waiting.values()) if entry.since is not None or not entry.due > now]
+            left = {entry.seq: entry for entry in old if self.take(entry)}  # so that nobody else does meanwhile
+            if len(left) < len(self.pending) or self._undeleted or not self._on_disk:
+                self.waiting |= left
+                return  # as it is in use: it stays open until the process ends
+            self._db, self.pending, self._adopted = None, {}, set()
             self._opened.close()
             (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
 
@@ -539,8 +538,7 @@ class _Outbox:
                 while dead and untried < _MOST_ADOPTED and (claimed := self._claim(dead)):
                     untried += claimed
                 self._adopt_db.execute(_FORGET_KEYS, (time.time() - _DAY,))
-            unsearched = [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]
-            if unsearched:
+            if unsearched := [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]:
                 log.info("looking in the log for %d notifications that the dead left", len(unsearched))
                 delivered = find_delivered({entry.line[_ID] for entry in unsearched})
                 self.delete([entry for entry in unsearched if entry.line[_ID] in delivered and self.take(entry)])
