@@ -342,14 +342,15 @@ _APPLICATION_ID = 0x6E6F7466
 _PROBE = "INSERT OR REPLACE INTO probe (rowid, filler) VALUES (1, randomblob(16384))"
 _SCHEMA = f"""
 BEGIN;
-CREATE TABLE pending (     -- what is accepted and not delivered
+CREATE TABLE IF NOT EXISTS pending (  -- what is accepted and not delivered
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     worker TEXT NOT NULL,  -- whose it is: of who holds the lock WORKER.lock
     line TEXT NOT NULL     -- as in the log
 );
-CREATE TABLE keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
-CREATE INDEX keys_at ON keys (at);
-CREATE TABLE probe (filler BLOB);  -- what is written to see whether it can be
+CREATE TABLE IF NOT EXISTS keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest TEXT NOT NULL, at REAL NOT NULL)
+    WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS keys_at ON keys (at);
+CREATE TABLE IF NOT EXISTS probe (filler BLOB);  -- what is written to see whether it can be
 {_PROBE};
 PRAGMA application_id = {_APPLICATION_ID};
 COMMIT;
@@ -474,7 +475,7 @@ class _Outbox:
                 if entry.key:
                     db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], _digest(entry.line), now))
         if any(entry.key for entry in fresh):
-            db.execute(_FORGET_KEYS, (now - _DAY,))  # here too, as nobody adopts in memory
+            db.execute(_FORGET_KEYS, (now - _DAY,))  # here too, as in memory adopt has a database of its own
         return fresh
 
     def open(self) -> sqlite3.Connection:
@@ -499,10 +500,8 @@ class _Outbox:
         log.info("opening the outbox %s", self._path)
         with _connected(self._folder / "outbox.lock", _LOCK), ExitStack() as opened:
             self.log_lock = opened.enter_context(_connected(self._folder / "log.lock", _LOG_LOCK))
-            is_new = not self._on_disk or _is_new(self._path, self._wal)
-            db, self._adopt_db = (opened.enter_context(_connected(self._path, self._pragmas)) for _ in range(2))
-            if is_new:
-                db.executescript(_SCHEMA)
+            script = self._pragmas + (_SCHEMA if not self._on_disk or _is_new(self._path, self._wal) else "")
+            db, self._adopt_db = (opened.enter_context(_connected(self._path, script)) for _ in range(2))
             self._inode = self._path.stat().st_ino if self._on_disk else 0
             list(self._dead_of(path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")))  # to remove theirs
             self._worker = secrets.token_hex(8)
@@ -529,8 +528,6 @@ class _Outbox:
             self.open()
             if self._undeleted:
                 self.writer.wake()  # so that it tries again
-            if not self._on_disk:
-                return
             dead = list(self._dead_of(worker for (worker,) in self._adopt_db.execute(_OTHERS, (self._worker,))))
             untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
             with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
