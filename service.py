@@ -445,8 +445,7 @@ class _Outbox:
         probed = len(to_keep) < len(new)  # somebody asks whether it can be written
         _stamp(to_keep)
         with _transaction(self.open()) as db:
-            if undeleted:
-                db.execute(_DELETE, (json.dumps(undeleted),))
+            db.execute(_DELETE, (json.dumps(undeleted),))
             fresh = self._admit(db, to_keep)
             last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
             if probed:
@@ -589,11 +588,11 @@ def _is_new(path: Path, wal: Path) -> bool:
     size, changes = path.stat().st_size if path.exists() else 0, b""
     with suppress(FileNotFoundError):  # as it goes with the last who closes the database
         changes = wal.read_bytes()
-    if (any(changes) and not _is_wal_header(changes[:32].ljust(32))) or (size < 512 and (size or changes)):
-        raise OSError("it is damaged")  # and SQLite would do without its WAL, and remove that
-    if not size:
+    if not size and not changes:
         path.touch(0o600)  # for nobody else, from the first moment
         return True
+    if size < 512 or (any(changes) and not _is_wal_header(changes[:32].ljust(32))):
+        raise OSError("it is damaged")  # though SQLite would do without the WAL, and remove it
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable={not wal.exists():d}", uri=True)) as db:
         [[verdict, application, tables]] = db.execute(_CHECK)
     if verdict != "ok" or (application != _APPLICATION_ID and (application or tables)):
