@@ -111,7 +111,7 @@ class _Entry:
     seq: int = 0  # in the outbox; 0: it is not there
     replayed: str = ""  # the id of an earlier one with its key
     error: HTTPException | None = None  # why it is not kept; None, too, when the outbox cannot be written
-    failure: str = ""  # why that cannot be
+    failure: str = ""  # why the outbox cannot be written, for who asks
     since: float | None = None  # when it failed first, on the monotonic clock
     due: float = 0.0  # when it is the relay's to deliver; inf: it is set aside; nan: not yet looked for in the log
 
