@@ -46,7 +46,6 @@ import anyio
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -148,7 +147,6 @@ def _digest(line: str) -> str:
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _EMAIL = rf"^[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
 _is_email = re.compile(_EMAIL).fullmatch  # ^ and $ are for who reads it in the OpenAPI document
-_is_key = re.compile("[ -~]{1,255}").fullmatch
 _is_message = re.compile("[^\ud800-\udfff]{0,10000}").fullmatch
 # Python's own takes NaN, which int does not, and takes an integer of more than 4,300 digits for malformed.
 _read_json = json.JSONDecoder(parse_int=float, parse_constant=int).decode
@@ -174,18 +172,19 @@ class _Api:
         self._outbox, self._relay, self._token = outbox, relay, token
 
     async def send_notification(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers = dict(scope["headers"])
         if self._token is not None:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), self._token.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self._token.encode()):
                 raise HTTPException(401, "Send the header Authorization: Bearer <token>.", _BEARER)
         email = scope["path_params"]["email"].removesuffix("/")
         if len(email) > 254 or not _is_email(email):
             raise HTTPException(422, "Name one whole e-mail address in the path, such as user@example.com.")
-        key = headers.get("idempotency-key")
-        if key is not None and not _is_key(key):
+        key = headers.get(b"idempotency-key")
+        if key is not None and not re.fullmatch(b"[ -~]{1,255}", key):
             raise HTTPException(400, "Make Idempotency-Key 1 to 255 printable ASCII characters.")
-        entry = _Entry(_text_of(email, await _read_message(headers, receive)), key)
+        message = await _read_message(headers.get(b"content-type", b""), receive)
+        entry = _Entry(_text_of(email, message), key and key.decode())
         await self._outbox.writer.run(entry)
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
@@ -212,7 +211,7 @@ class _Api:
         return JSONResponse(content, error.status_code, error.headers, background=BackgroundTask(self._relay.catch_up))
 
 
-async def _read_message(headers: Headers, receive: Receive) -> str:
+async def _read_message(content_type: bytes, receive: Receive) -> str:
     body, more = b"", True
     while more:
         event = await receive()
@@ -223,7 +222,7 @@ async def _read_message(headers: Headers, receive: Receive) -> str:
             raise HTTPException(413, "Send a body of at most 64 KiB.")
     if not body:
         return _MESSAGE
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    if content_type.partition(b";")[0].strip().lower() != b"application/json":
         raise HTTPException(415, "Send the body as Content-Type: application/json, or send none.")
     try:
         content = _read_json(body.decode())
@@ -695,12 +694,14 @@ class _Relay:
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
-        with suppress(GeneratorExit):  # the notifier's, or this task is being closed, and may not wait again
+        try:
             if self._lifespans and len(self._in_requests) >= self._most_in_hand:
                 entry.due = time.monotonic() + self._delay
             else:
                 await self._attempt(entry, self._in_requests, self._delay)
             await self.catch_up()
+        except GeneratorExit:
+            pass  # the notifier's, or this task is being closed, and may not wait again
 
     async def catch_up(self) -> None:
         """With no lifespan, do what needs a clock after every answer, but for the OpenAPI document."""
