@@ -43,6 +43,7 @@ from traceback import format_exception_only
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -256,15 +257,6 @@ def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
 # is handled even if the one who waited for it was cancelled.
 
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
-_Round = tuple[Any, list[_Entry], list[Any]]  # how threads call the event loop; what gathered on it; who waits there
-
-
-def _wake_all(waiters: list[Any]) -> None:
-    for waiter in waiters:
-        if isinstance(waiter, anyio.Event):  # trio's
-            waiter.set()
-        elif not waiter.done():  # as it is for who was cancelled
-            waiter.set_result(None)
 
 
 class _Group:
@@ -272,7 +264,8 @@ class _Group:
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
-        self.rounds: dict[Any, _Round] = {}  # of each event loop; or, with max_threads, of each entry
+        # Of each event loop, or with max_threads of each entry: how threads call it, what gathered, who waits for that.
+        self.rounds: dict[Any, tuple[Any, list[_Entry], anyio.Event]] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._threads = 0
@@ -282,25 +275,21 @@ class _Group:
         """Return when the entry was handled."""
         try:
             loop: Any = asyncio.get_running_loop()
-            waiter: Any = loop.create_future()
-            at_end_of_turn, call_soon = loop.call_soon, loop.call_soon_threadsafe
+            call_soon = loop.call_soon_threadsafe
         except RuntimeError:
-            from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
-
-            loop, waiter = current_token().native_token, anyio.Event()
-            at_end_of_turn = call_soon = loop.run_sync_soon
+            loop = anyio.lowlevel.current_token().native_token  # trio's
+            call_soon = loop.run_sync_soon
         key = entry if self._max_threads else loop
         with self._lock:
             if key not in self.rounds:
-                self.rounds[key] = call_soon, [], []
+                self.rounds[key] = call_soon, [], anyio.Event()
                 if self._threads:
-                    at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
-            _, entries, waiters = self.rounds[key]
+                    call_soon(call_soon, self.wake)  # at the end of the next turn
+            _, entries, handled = self.rounds[key]
             entries.append(entry)
-            waiters.append(waiter)
         while not (self._threads or self.wake()):  # as none can be had now
             await anyio.sleep(_LINGER)
-        await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
+        await handled.wait()
 
     def wake(self) -> bool:
         """Have a thread look for entries, and if there are none, for what was put off; False: none can be had."""
@@ -314,24 +303,22 @@ class _Group:
             return self._threads > 0
 
     def _work(self) -> None:
-        while (rounds := self._take()) is not None:
+        while True:
+            with self._lock:
+                if not self._changed.wait_for(lambda: self.rounds, _LINGER) and not self._woken:
+                    self._threads -= 1
+                    return
+                self._woken = False
+                keys = list(self.rounds)[: 1 if self._max_threads else None]
+                rounds = [self.rounds.pop(key) for key in keys]
             try:
                 self._handle([entry for _, entries, _ in rounds for entry in entries])
             except BaseException:
                 with suppress(Exception):
                     log.exception("this should not happen, and is a bug of the service")
-            for call_soon, _, waiters in rounds:
+            for call_soon, _, handled in rounds:
                 with suppress(Exception):  # the loop is closed, and nobody waits
-                    call_soon(_wake_all, waiters)
-
-    def _take(self) -> list[_Round] | None:
-        with self._lock:
-            if not self._changed.wait_for(lambda: self.rounds, _LINGER) and not self._woken:
-                self._threads -= 1
-                return None
-            self._woken = False
-            keys = list(self.rounds)[: 1 if self._max_threads else None]
-            return [self.rounds.pop(key) for key in keys]
+                    call_soon(handled.set)
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
