@@ -148,12 +148,10 @@ def _digest(line: str) -> str:
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _EMAIL = rf"^[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
 _is_email = re.compile(_EMAIL).fullmatch  # ^ and $ are for who reads it in the OpenAPI document
-_is_message = re.compile("[^\ud800-\udfff]{0,10000}").fullmatch
 # Python's own takes NaN, which int does not, and takes an integer of more than 4,300 digits for malformed.
 _read_json = json.JSONDecoder(parse_int=float, parse_constant=int).decode
 _MESSAGE = "some notification"
 _RETRY = {"Retry-After": "1"}  # seconds
-_BEARER = {"WWW-Authenticate": "Bearer"}
 _DETAILS = {  # of what the framework raises
     404: "Nothing is here: see /openapi.json for what there is.",
     405: "Use one of the methods that the Allow header names.",
@@ -170,14 +168,14 @@ class _Accepted(JSONResponse):
 
 class _Api:
     def __init__(self, outbox: _Outbox, relay: _Relay, token: str | None) -> None:
-        self._outbox, self._relay, self._token = outbox, relay, token
+        self._outbox, self._relay, self._token, self._catch_up = outbox, relay, token, BackgroundTask(relay.catch_up)
 
     async def send_notification(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         if self._token is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self._token.encode()):
-                raise HTTPException(401, "Send the header Authorization: Bearer <token>.", _BEARER)
+                raise HTTPException(401, "Send Authorization: Bearer <token>.", {"WWW-Authenticate": "Bearer"})
         email = scope["path_params"]["email"].removesuffix("/")
         if len(email) > 254 or not _is_email(email):
             raise HTTPException(422, "Name one whole e-mail address in the path, such as user@example.com.")
@@ -199,8 +197,7 @@ class _Api:
         code, headers, status = (503, _RETRY, f"the outbox cannot be written: {error}") if error else (200, None, "ok")
         status = status.encode(errors="backslashreplace").decode()  # as a path need not be Unicode
         content = {"status": status, "pending": pending, "failed": failed}
-        answer = JSONResponse(content, code, headers, background=BackgroundTask(self._relay.catch_up))
-        await answer(scope, receive, send)
+        await JSONResponse(content, code, headers, background=self._catch_up)(scope, receive, send)
 
     async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
         await JSONResponse(_OPENAPI | {"servers": [{"url": scope.get("root_path") or "/"}]})(scope, receive, send)
@@ -209,7 +206,7 @@ class _Api:
         """The answer to every error; the framework logs what is no HTTPException."""
         error = exc if isinstance(exc, HTTPException) else HTTPException(500)
         content = {"detail": _DETAILS.get(error.status_code, error.detail)}
-        return JSONResponse(content, error.status_code, error.headers, background=BackgroundTask(self._relay.catch_up))
+        return JSONResponse(content, error.status_code, error.headers, background=self._catch_up)
 
 
 async def _read_message(content_type: bytes, receive: Receive) -> str:
@@ -232,7 +229,7 @@ async def _read_message(content_type: bytes, receive: Receive) -> str:
     if not isinstance(content, dict) or not content.keys() <= {"message"}:
         raise HTTPException(422, "Send a JSON object with no other key than message.")
     message = content.get("message", _MESSAGE)
-    if not isinstance(message, str) or not _is_message(message):
+    if not isinstance(message, str) or not re.fullmatch("[^\ud800-\udfff]{0,10000}", message):
         raise HTTPException(422, "Make message a string of at most 10,000 characters, with no lone surrogate.")
     return message
 
@@ -266,10 +263,8 @@ class _Group:
         self._handle, self._max_threads = handle, max_threads
         # Of each event loop, or with max_threads of each entry: how threads call it, what gathered, who waits for that.
         self.rounds: dict[Any, tuple[Any, list[_Entry], anyio.Event]] = {}
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._threads = 0
-        self._woken = False
+        self._changed = threading.Condition()
+        self._threads, self._woken = 0, False
 
     async def run(self, entry: _Entry) -> None:
         """Return when the entry was handled."""
@@ -280,7 +275,7 @@ class _Group:
             loop = anyio.lowlevel.current_token().native_token  # trio's
             call_soon = loop.run_sync_soon
         key = entry if self._max_threads else loop
-        with self._lock:
+        with self._changed:
             if key not in self.rounds:
                 self.rounds[key] = call_soon, [], anyio.Event()
                 if self._threads:
@@ -293,7 +288,7 @@ class _Group:
 
     def wake(self) -> bool:
         """Have a thread look for entries, and if there are none, for what was put off; False: none can be had."""
-        with self._lock:
+        with self._changed:
             self._woken = True
             self._changed.notify()
             if self._threads < max(1, self._max_threads):
@@ -304,7 +299,7 @@ class _Group:
 
     def _work(self) -> None:
         while True:
-            with self._lock:
+            with self._changed:
                 if not self._changed.wait_for(lambda: self.rounds, _LINGER) and not self._woken:
                     self._threads -= 1
                     return
@@ -725,13 +720,11 @@ class _Relay:
             raise error
 
     async def _keep_time(self, clock: anyio.CancelScope, start_soon: Callable[..., object]) -> None:
-        pause = _POLL
         with clock:
             while clock in self._lifespans:  # a sleep that is over when it is cancelled just ends
                 start_soon(self._adopt)  # beside what is due, as it may take long to search the log
                 self._step(start_soon)
-                await anyio.sleep(pause)
-                pause = _POLL if self._outbox.pending else min(2 * pause, 1)
+                await anyio.sleep(_POLL if self._outbox.pending else 10 * _POLL)
 
     async def _adopt(self) -> None:
         """Take over what the dead left."""
@@ -934,11 +927,8 @@ def _cut_torn_line(file: io.FileIO) -> int:
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
     if file.read(1) not in (b"", b"\n"):
-        newline = -1
-        while end and newline < 0:
-            end = file.seek(max(0, end - 65536))
-            newline = file.read(65536).rfind(b"\n")
-        end += newline + 1
+        start = file.seek(max(0, end - 2**20))  # as no line is so long
+        end = start + file.read().rfind(b"\n") + 1
         file.truncate(end)
     return end
 
@@ -1035,16 +1025,14 @@ async def _program(service: Starlette) -> AsyncIterator[None]:
     Python would look for garbage twice in every turn of a busy loop, where next to none is, for a tenth of the time;
     and now and then in all that was imported, which stops every answer for 10 ms.
     """
-    thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000)  # objects
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(gc.set_threshold, *gc.get_threshold())
+        at_end.callback(gc.unfreeze)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000)  # objects
         async with _lifespan(service):
             yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
 
 
 app = create_app(**_environment())
