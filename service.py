@@ -189,8 +189,7 @@ class _Api:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         replayed = {"Idempotent-Replayed": "true"} if entry.replayed else None  # and there is nothing to deliver
         delivery = BackgroundTask(self._relay.deliver, entry)
-        answer = _Accepted(entry.replayed or entry.line[_ID], 202, replayed, background=delivery)
-        await answer(scope, receive, send)
+        await _Accepted(entry.replayed or entry.line[_ID], 202, replayed, background=delivery)(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
@@ -247,11 +246,10 @@ def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
 # Goals: the event loop waits for no disk and no notifier. No hop between threads, no commit and no wake-up for each
 # notification, but one for all that gathered. Nothing belongs to one event loop, as one app may serve several.
 #
-# Plan: `run` adds the entry to its loop's round, and waits. When the loop has done its next turn, with what had come to
-# it by then, a thread takes the rounds, handles all that is in them, and has each loop wake who waits there. What comes
-# meanwhile gathers in new rounds, so that they grow with the load. A thread to which nothing has come for a while ends;
-# one that is woken while nothing is there handles an empty list first, which is the time for what was put off. An entry
-# is handled even if the one who waited for it was cancelled.
+# Plan: `run` adds the entry to its loop's round, and waits. When the loop has done its next turn, a thread takes the
+# rounds, handles all that is in them, and has each loop wake who waits there. What comes meanwhile gathers in new
+# rounds, so that they grow with the load. A thread to which nothing comes for a while ends; one that is woken for
+# nothing handles an empty list first, which is the time for what was put off. What was added is handled, come what may.
 
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
 
@@ -913,10 +911,7 @@ class _LogFile:
 
 
 def _named_like(log: Path) -> list[Path]:
-    """Files such as log.txt, log.txt.1 and log-2026.txt, not logins.txt.
-
-    And never a database or a lock, of ours or another's: to close it would drop this process's locks on it.
-    """
+    """Such as log.txt.1 and log-2026.txt, not logins.txt; and no database or lock: to close it would drop our locks."""
     name, stem, other = re.escape(log.name), re.escape(log.stem), r".*\.(db|sqlite\d?|lock)\b"
     is_like = re.compile(rf"({name}(?!{other})|(?!{other}){stem})(?![a-zA-Z])").match
     return [path for path in log.parent.iterdir() if is_like(path.name) and path.is_file()]
@@ -1020,10 +1015,10 @@ def create_app(
 
 @asynccontextmanager
 async def _program(service: Starlette) -> AsyncIterator[None]:
-    """The lifespan of ``service:app``. A host's own process is not ours to tune, but this one is.
+    """The lifespan of ``service:app``, whose process is ours to tune, as no host's is.
 
-    Python would look for garbage twice in every turn of a busy loop, where next to none is, for a tenth of the time;
-    and now and then in all that was imported, which stops every answer for 10 ms.
+    Python would look for garbage for a tenth of a busy loop's time, where next to none is; and now and then in all that
+    was imported, which stops every answer for 10 ms.
     """
     with ExitStack() as at_end:
         at_end.callback(gc.set_threshold, *gc.get_threshold())
