@@ -70,14 +70,6 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] 
 }
 
 
-def _check(notify: object, **settings: object) -> None:
-    if notify is not None and not callable(notify):
-        raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
-    for name, (_, makes_sense, rule) in _SETTINGS.items():
-        if not makes_sense(settings[name]):
-            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
-
-
 def _environment() -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, (read, *_) in _SETTINGS.items():
@@ -651,7 +643,6 @@ _POLL = 0.05  # seconds between two looks for what is due
 _DRAIN, _FLUSH = 10.0, 2.0  # seconds at the end for what the relay has in hand, and for the last writes
 _LOG_PAUSES = 0.1, 30.0, math.inf  # seconds: the first pause, the longest, and when it is set aside
 _OWN_PAUSES = 1.0, 900.0, _DAY
-_IN_HAND = 500  # entries at once in requests' tasks, and as many in the relay's; the others take little memory
 
 
 class _Relay:
@@ -668,7 +659,7 @@ class _Relay:
         self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
         self._in_requests: set[_Entry] = set()  # what requests' tasks have in hand
         self._in_relay: set[_Entry] = set()  # what the relay's have
-        self._most_in_hand = max(_IN_HAND, threads)  # that each of the two may have
+        self._most_in_hand = max(500, threads)  # that each of the two may have; the others take little memory
         self._unsynced: list[_Entry] = []  # to the log, but perhaps not to the disk
         self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
 
@@ -713,7 +704,6 @@ class _Relay:
             await self._outbox.probe()  # which commits what was deleted
             if not self._lifespans:
                 await _in_thread(self._outbox.close)
-                self._next_look = 0.0
         if error:
             raise error
 
@@ -822,10 +812,9 @@ def _backoff(failing: float, first: float, longest: float, patience: float) -> f
 
 def _ends_task(error: BaseException) -> bool:
     """Whether it is this task that ends, and not only something that the notifier did or waited for."""
-    if not isinstance(error, anyio.get_cancelled_exc_class()):
-        return False
-    task = asyncio.current_task() if isinstance(error, asyncio.CancelledError) else None  # trio's says enough
-    return task is None or task.cancelling() > 0
+    cancelled = anyio.get_cancelled_exc_class()
+    task = asyncio.current_task() if cancelled is asyncio.CancelledError else None  # trio's says enough
+    return isinstance(error, cancelled) and (task is None or task.cancelling() > 0)
 
 
 class _Warnings:
@@ -1001,7 +990,12 @@ def create_app(
         TypeError: ``notify`` cannot be called.
         ValueError: Another setting makes no sense; names it, its value and the rule.
     """
-    _check(**locals())
+    settings = locals()
+    if notify is not None and not callable(notify):
+        raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
+    for name, (_, makes_sense, rule) in _SETTINGS.items():
+        if not makes_sense(settings[name]):
+            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
     box = _Outbox(outbox, max_pending, fsync)
     relay = _Relay(box, notify, _LogFile(log, fsync, box), delay, concurrency)
     api = _Api(box, relay, token)
