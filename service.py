@@ -657,8 +657,7 @@ class _Relay:
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._warn = _Warnings(50 if own else 1)
         self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
-        self._in_requests: set[_Entry] = set()  # what requests' tasks have in hand
-        self._in_relay: set[_Entry] = set()  # what the relay's have
+        self._in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
         self._most_in_hand = max(500, threads)  # that each of the two may have; the others take little memory
         self._unsynced: list[_Entry] = []  # to the log, but perhaps not to the disk
         self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
@@ -765,10 +764,9 @@ class _Relay:
                 result = self._notify(_read_line(entry.line))
                 if isinstance(result, Awaitable | Generator | AsyncGenerator):
                     raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
+                self._outbox.delete([entry])
             except BaseException as exc:
                 self._fail([entry], exc)
-            else:
-                self._outbox.delete([entry])
 
     def _append(self, entries: list[_Entry]) -> None:
         """Append what is new. What was appended is deleted when it is on the disk, which takes one sync for many."""
@@ -786,10 +784,9 @@ class _Relay:
         unsynced, self._unsynced, self._last_sync = self._unsynced, [], time.monotonic()
         try:
             self._file.sync()
+            self._outbox.delete(unsynced)
         except OSError as exc:  # to sync again would prove nothing
             self._fail(unsynced, exc, set_aside=True)
-        else:
-            self._outbox.delete(unsynced)
 
     def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
         """Have the entries wait for another attempt, or for the next start."""
@@ -805,9 +802,7 @@ class _Relay:
 
 def _backoff(failing: float, first: float, longest: float, patience: float) -> float:
     """Seconds until the next attempt: as many as it fails by now, so that pauses double; infinity: it is set aside."""
-    if failing >= patience:
-        return math.inf
-    return min(longest, first + failing) * random.uniform(0.75, 1)
+    return math.inf if failing >= patience else min(longest, first + failing) * random.uniform(0.75, 1)
 
 
 def _ends_task(error: BaseException) -> bool:
@@ -885,14 +880,12 @@ class _LogFile:
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
-        found, seen, looks = set[str](), set[int](), 0
-        while looks < 2:  # in a row that find no other file, as one may be renamed meanwhile
-            looks += 1
+        found, seen = set[str](), set[int]()
+        for _ in range(3):  # as one may be renamed meanwhile
             for path in _named_like(self._path) + _named_like(self._path.resolve()):  # as it may be a link
                 with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
                     if (inode := os.fstat(file.fileno()).st_ino) not in seen:
                         seen.add(inode)
-                        looks = 0
                         found.update(line[_ID] for line in file if line[_ID] in ids and line.endswith("\n"))
                         if self._fsync and os.name == "posix":  # as who wrote them may have died before
                             os.fsync(file.fileno())
