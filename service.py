@@ -772,7 +772,8 @@ class _Relay:
         """Append what is new. What was appended is deleted when it is on the disk, which takes one sync for many."""
         new = [entry for entry in entries if entry.line]
         try:
-            self._file.append([entry.line for entry in new])
+            if new:
+                self._file.append([entry.line for entry in new])
         except BaseException as exc:
             self._fail(new, exc, set_aside=exc.__context__ is not None)  # as some lines may have stayed
         else:
@@ -841,8 +842,6 @@ class _LogFile:
 
     def append(self, lines: list[str]) -> None:
         """Append all lines, or raise and append none; an error with a context: some may stay, as to cut them failed."""
-        if not lines:
-            return
         data = "\n".join([*lines, ""]).encode()
         with _exclusive(self._outbox.log_lock):  # which keeps the lines of all its workers apart
             file = self._open()
@@ -980,8 +979,7 @@ def create_app(
         fsync: True: what was acknowledged survives a loss of power. False: it survives the end of the process.
 
     Raises:
-        TypeError: ``notify`` cannot be called.
-        ValueError: Another setting makes no sense; names it, its value and the rule.
+        TypeError, ValueError: A setting makes no sense; names it, its value and the rule.
     """
     settings = locals()
     if notify is not None and not callable(notify):
