@@ -653,9 +653,8 @@ class _Relay:
         self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
         self._group = _Group(self._call, threads) if own else _Group(self._append)
-        self._pauses = _OWN_PAUSES if own else _LOG_PAUSES
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
-        self._warn = _Warnings(50 if own else 1)
+        self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
         self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
         self._in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
         self._most_in_hand = max(500, threads)  # that each of the two may have; the others take little memory
@@ -859,7 +858,7 @@ class _LogFile:
 
     def _open(self) -> io.FileIO:
         with suppress(FileNotFoundError):
-            if self._files and os.path.samestat(os.stat(self._path), os.fstat(self._files[-1].fileno())):
+            if self._files and os.path.samefile(self._path, self._files[-1].fileno()):
                 return self._files[-1]
         is_other = self._path.exists() and not self._path.is_file()
         # Only a regular file is readable: a FIFO shall not be its own reader, nor wait for one.
@@ -1008,7 +1007,6 @@ async def _program(service: Starlette) -> AsyncIterator[None]:
     with ExitStack() as at_end:
         at_end.callback(gc.set_threshold, *gc.get_threshold())
         at_end.callback(gc.unfreeze)
-        gc.collect()
         gc.freeze()
         gc.set_threshold(50_000)  # objects
         async with _lifespan(service):
