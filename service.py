@@ -42,11 +42,10 @@ from pathlib import Path
 from traceback import format_exception_only
 from typing import Any
 
-import anyio
+import anyio.lowlevel
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -68,14 +67,6 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] 
     "token": (str, lambda v: v is None or (type(v) is str and re.fullmatch("[!-~]+", v)), "visible ASCII characters"),
     "fsync": (lambda text: _SWITCH[text.lower()], lambda v: type(v) is bool, "true or false"),
 }
-
-
-def _check(notify: object, **settings: object) -> None:
-    if notify is not None and not callable(notify):
-        raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
-    for name, (_, makes_sense, rule) in _SETTINGS.items():
-        if not makes_sense(settings[name]):
-            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
 
 
 def _environment() -> dict[str, Any]:
@@ -149,13 +140,10 @@ def _digest(line: str) -> str:
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _EMAIL = rf"^[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
 _is_email = re.compile(_EMAIL).fullmatch  # ^ and $ are for who reads it in the OpenAPI document
-_is_key = re.compile("[ -~]{1,255}").fullmatch
-_is_message = re.compile("[^\ud800-\udfff]{0,10000}").fullmatch
 # Python's own takes NaN, which int does not, and takes an integer of more than 4,300 digits for malformed.
 _read_json = json.JSONDecoder(parse_int=float, parse_constant=int).decode
 _MESSAGE = "some notification"
 _RETRY = {"Retry-After": "1"}  # seconds
-_BEARER = {"WWW-Authenticate": "Bearer"}
 _DETAILS = {  # of what the framework raises
     404: "Nothing is here: see /openapi.json for what there is.",
     405: "Use one of the methods that the Allow header names.",
@@ -172,36 +160,35 @@ class _Accepted(JSONResponse):
 
 class _Api:
     def __init__(self, outbox: _Outbox, relay: _Relay, token: str | None) -> None:
-        self._outbox, self._relay, self._token = outbox, relay, token
+        self._outbox, self._relay, self._token, self._catch_up = outbox, relay, token, BackgroundTask(relay.catch_up)
 
     async def send_notification(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers = dict(scope["headers"])
         if self._token is not None:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), self._token.encode()):
-                raise HTTPException(401, "Send the header Authorization: Bearer <token>.", _BEARER)
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self._token.encode()):
+                raise HTTPException(401, "Send Authorization: Bearer <token>.", {"WWW-Authenticate": "Bearer"})
         email = scope["path_params"]["email"].removesuffix("/")
         if len(email) > 254 or not _is_email(email):
             raise HTTPException(422, "Name one whole e-mail address in the path, such as user@example.com.")
-        key = headers.get("idempotency-key")
-        if key is not None and not _is_key(key):
+        key = headers.get(b"idempotency-key")
+        if key is not None and not re.fullmatch(b"[ -~]{1,255}", key):
             raise HTTPException(400, "Make Idempotency-Key 1 to 255 printable ASCII characters.")
-        entry = _Entry(_text_of(email, await _read_message(headers, receive)), key)
+        message = await _read_message(headers.get(b"content-type", b""), receive)
+        entry = _Entry(_text_of(email, message), key and key.decode())
         await self._outbox.writer.run(entry)
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         replayed = {"Idempotent-Replayed": "true"} if entry.replayed else None  # and there is nothing to deliver
         delivery = BackgroundTask(self._relay.deliver, entry)
-        answer = _Accepted(entry.replayed or entry.line[_ID], 202, replayed, background=delivery)
-        await answer(scope, receive, send)
+        await _Accepted(entry.replayed or entry.line[_ID], 202, replayed, background=delivery)(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
         code, headers, status = (503, _RETRY, f"the outbox cannot be written: {error}") if error else (200, None, "ok")
         status = status.encode(errors="backslashreplace").decode()  # as a path need not be Unicode
         content = {"status": status, "pending": pending, "failed": failed}
-        answer = JSONResponse(content, code, headers, background=BackgroundTask(self._relay.catch_up))
-        await answer(scope, receive, send)
+        await JSONResponse(content, code, headers, background=self._catch_up)(scope, receive, send)
 
     async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
         await JSONResponse(_OPENAPI | {"servers": [{"url": scope.get("root_path") or "/"}]})(scope, receive, send)
@@ -210,10 +197,10 @@ class _Api:
         """The answer to every error; the framework logs what is no HTTPException."""
         error = exc if isinstance(exc, HTTPException) else HTTPException(500)
         content = {"detail": _DETAILS.get(error.status_code, error.detail)}
-        return JSONResponse(content, error.status_code, error.headers, background=BackgroundTask(self._relay.catch_up))
+        return JSONResponse(content, error.status_code, error.headers, background=self._catch_up)
 
 
-async def _read_message(headers: Headers, receive: Receive) -> str:
+async def _read_message(content_type: bytes, receive: Receive) -> str:
     body, more = b"", True
     while more:
         event = await receive()
@@ -224,7 +211,7 @@ async def _read_message(headers: Headers, receive: Receive) -> str:
             raise HTTPException(413, "Send a body of at most 64 KiB.")
     if not body:
         return _MESSAGE
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    if content_type.partition(b";")[0].strip().lower() != b"application/json":
         raise HTTPException(415, "Send the body as Content-Type: application/json, or send none.")
     try:
         content = _read_json(body.decode())
@@ -233,7 +220,7 @@ async def _read_message(headers: Headers, receive: Receive) -> str:
     if not isinstance(content, dict) or not content.keys() <= {"message"}:
         raise HTTPException(422, "Send a JSON object with no other key than message.")
     message = content.get("message", _MESSAGE)
-    if not isinstance(message, str) or not _is_message(message):
+    if not isinstance(message, str) or not re.fullmatch("[^\ud800-\udfff]{0,10000}", message):
         raise HTTPException(422, "Make message a string of at most 10,000 characters, with no lone surrogate.")
     return message
 
@@ -251,22 +238,12 @@ def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
 # Goals: the event loop waits for no disk and no notifier. No hop between threads, no commit and no wake-up for each
 # notification, but one for all that gathered. Nothing belongs to one event loop, as one app may serve several.
 #
-# Plan: `run` adds the entry to its loop's round, and waits. When the loop has done its next turn, with what had come to
-# it by then, a thread takes the rounds, handles all that is in them, and has each loop wake who waits there. What comes
-# meanwhile gathers in new rounds, so that they grow with the load. A thread to which nothing has come for a while ends;
-# one that is woken while nothing is there handles an empty list first, which is the time for what was put off. An entry
-# is handled even if the one who waited for it was cancelled.
+# Plan: `run` adds the entry to its loop's round, and waits. When the loop has done its next turn, a thread takes the
+# rounds, handles all that is in them, and has each loop wake who waits there. What comes meanwhile gathers in new
+# rounds, so that they grow with the load. A thread to which nothing comes for a while ends; one that is woken for
+# nothing handles an empty list first, which is the time for what was put off. What was added is handled, come what may.
 
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
-_Round = tuple[Any, list[_Entry], list[Any]]  # how threads call the event loop; what gathered on it; who waits there
-
-
-def _wake_all(waiters: list[Any]) -> None:
-    for waiter in waiters:
-        if isinstance(waiter, anyio.Event):  # trio's
-            waiter.set()
-        elif not waiter.done():  # as it is for who was cancelled
-            waiter.set_result(None)
 
 
 class _Group:
@@ -274,39 +251,34 @@ class _Group:
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
-        self.rounds: dict[Any, _Round] = {}  # of each event loop; or, with max_threads, of each entry
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._threads = 0
-        self._woken = False
+        # Of each event loop, or with max_threads of each entry: how threads call it, what gathered, who waits for that.
+        self.rounds: dict[Any, tuple[Any, list[_Entry], anyio.Event]] = {}
+        self._changed = threading.Condition()
+        self._threads, self._woken = 0, False
 
     async def run(self, entry: _Entry) -> None:
         """Return when the entry was handled."""
         try:
             loop: Any = asyncio.get_running_loop()
-            waiter: Any = loop.create_future()
-            at_end_of_turn, call_soon = loop.call_soon, loop.call_soon_threadsafe
+            call_soon = loop.call_soon_threadsafe
         except RuntimeError:
-            from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
-
-            loop, waiter = current_token().native_token, anyio.Event()
-            at_end_of_turn = call_soon = loop.run_sync_soon
+            loop = anyio.lowlevel.current_token().native_token  # trio's
+            call_soon = loop.run_sync_soon
         key = entry if self._max_threads else loop
-        with self._lock:
+        with self._changed:
             if key not in self.rounds:
-                self.rounds[key] = call_soon, [], []
+                self.rounds[key] = call_soon, [], anyio.Event()
                 if self._threads:
-                    at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
-            _, entries, waiters = self.rounds[key]
+                    call_soon(call_soon, self.wake)  # at the end of the next turn
+            _, entries, handled = self.rounds[key]
             entries.append(entry)
-            waiters.append(waiter)
         while not (self._threads or self.wake()):  # as none can be had now
             await anyio.sleep(_LINGER)
-        await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
+        await handled.wait()
 
     def wake(self) -> bool:
         """Have a thread look for entries, and if there are none, for what was put off; False: none can be had."""
-        with self._lock:
+        with self._changed:
             self._woken = True
             self._changed.notify()
             if self._threads < max(1, self._max_threads):
@@ -316,24 +288,22 @@ class _Group:
             return self._threads > 0
 
     def _work(self) -> None:
-        while (rounds := self._take()) is not None:
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self.rounds, _LINGER) and not self._woken:
+                    self._threads -= 1
+                    return
+                self._woken = False
+                keys = list(self.rounds)[: 1 if self._max_threads else None]
+                rounds = [self.rounds.pop(key) for key in keys]
             try:
                 self._handle([entry for _, entries, _ in rounds for entry in entries])
             except BaseException:
                 with suppress(Exception):
                     log.exception("this should not happen, and is a bug of the service")
-            for call_soon, _, waiters in rounds:
+            for call_soon, _, handled in rounds:
                 with suppress(Exception):  # the loop is closed, and nobody waits
-                    call_soon(_wake_all, waiters)
-
-    def _take(self) -> list[_Round] | None:
-        with self._lock:
-            if not self._changed.wait_for(lambda: self.rounds, _LINGER) and not self._woken:
-                self._threads -= 1
-                return None
-            self._woken = False
-            keys = list(self.rounds)[: 1 if self._max_threads else None]
-            return [self.rounds.pop(key) for key in keys]
+                    call_soon(handled.set)
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
@@ -624,7 +594,6 @@ _POLL = 0.05  # seconds between two looks for what is due
 _DRAIN, _FLUSH = 10.0, 2.0  # seconds at the end for what the relay has in hand, and for the last writes
 _LOG_PAUSES = 0.1, 30.0, math.inf  # seconds: the first pause, the longest, and when it is set aside
 _OWN_PAUSES = 1.0, 900.0, _DAY
-_IN_HAND = 500  # entries at once in requests' tasks, and as many in the relay's; the others take little memory
 
 
 class _Relay:
@@ -635,24 +604,24 @@ class _Relay:
         self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
         self._group = _Group(self._call, threads) if own else _Group(self._append)
-        self._pauses = _OWN_PAUSES if own else _LOG_PAUSES
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
-        self._warn = _Warnings(50 if own else 1)
+        self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
         self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
-        self._in_requests: set[_Entry] = set()  # what requests' tasks have in hand
-        self._in_relay: set[_Entry] = set()  # what the relay's have
-        self._most_in_hand = max(_IN_HAND, threads)  # that each of the two may have
+        self._in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
+        self._most_in_hand = max(500, threads)  # that each of the two may have; the others take little memory
         self._unsynced: list[_Entry] = []  # to the log, but perhaps not to the disk
         self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
-        with suppress(GeneratorExit):  # the notifier's, or this task is being closed, and may not wait again
+        try:
             if self._lifespans and len(self._in_requests) >= self._most_in_hand:
                 entry.due = time.monotonic() + self._delay
             else:
                 await self._attempt(entry, self._in_requests, self._delay)
             await self.catch_up()
+        except GeneratorExit:
+            pass  # the notifier's, or this task is being closed, and may not wait again
 
     async def catch_up(self) -> None:
         """With no lifespan, do what needs a clock after every answer, but for the OpenAPI document."""
@@ -684,18 +653,15 @@ class _Relay:
             await self._outbox.probe()  # which commits what was deleted
             if not self._lifespans:
                 await _in_thread(self._outbox.close)
-                self._next_look = 0.0
         if error:
             raise error
 
     async def _keep_time(self, clock: anyio.CancelScope, start_soon: Callable[..., object]) -> None:
-        pause = _POLL
         with clock:
             while clock in self._lifespans:  # a sleep that is over when it is cancelled just ends
                 start_soon(self._adopt)  # beside what is due, as it may take long to search the log
                 self._step(start_soon)
-                await anyio.sleep(pause)
-                pause = _POLL if self._outbox.pending else min(2 * pause, 1)
+                await anyio.sleep(_POLL if self._outbox.pending else 10 * _POLL)
 
     async def _adopt(self) -> None:
         """Take over what the dead left."""
@@ -748,16 +714,16 @@ class _Relay:
                 result = self._notify(_read_line(entry.line))
                 if isinstance(result, Awaitable | Generator | AsyncGenerator):
                     raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
+                self._outbox.delete([entry])
             except BaseException as exc:
                 self._fail([entry], exc)
-            else:
-                self._outbox.delete([entry])
 
     def _append(self, entries: list[_Entry]) -> None:
         """Append what is new. What was appended is deleted when it is on the disk, which takes one sync for many."""
         new = [entry for entry in entries if entry.line]
         try:
-            self._file.append([entry.line for entry in new])
+            if new:
+                self._file.append([entry.line for entry in new])
         except BaseException as exc:
             self._fail(new, exc, set_aside=exc.__context__ is not None)  # as some lines may have stayed
         else:
@@ -769,10 +735,9 @@ class _Relay:
         unsynced, self._unsynced, self._last_sync = self._unsynced, [], time.monotonic()
         try:
             self._file.sync()
+            self._outbox.delete(unsynced)
         except OSError as exc:  # to sync again would prove nothing
             self._fail(unsynced, exc, set_aside=True)
-        else:
-            self._outbox.delete(unsynced)
 
     def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
         """Have the entries wait for another attempt, or for the next start."""
@@ -788,17 +753,14 @@ class _Relay:
 
 def _backoff(failing: float, first: float, longest: float, patience: float) -> float:
     """Seconds until the next attempt: as many as it fails by now, so that pauses double; infinity: it is set aside."""
-    if failing >= patience:
-        return math.inf
-    return min(longest, first + failing) * random.uniform(0.75, 1)
+    return math.inf if failing >= patience else min(longest, first + failing) * random.uniform(0.75, 1)
 
 
 def _ends_task(error: BaseException) -> bool:
     """Whether it is this task that ends, and not only something that the notifier did or waited for."""
-    if not isinstance(error, anyio.get_cancelled_exc_class()):
-        return False
-    task = asyncio.current_task() if isinstance(error, asyncio.CancelledError) else None  # trio's says enough
-    return task is None or task.cancelling() > 0
+    cancelled = anyio.get_cancelled_exc_class()
+    task = asyncio.current_task() if cancelled is asyncio.CancelledError else None  # trio's says enough
+    return isinstance(error, cancelled) and (task is None or task.cancelling() > 0)
 
 
 class _Warnings:
@@ -830,8 +792,6 @@ class _LogFile:
 
     def append(self, lines: list[str]) -> None:
         """Append all lines, or raise and append none; an error with a context: some may stay, as to cut them failed."""
-        if not lines:
-            return
         data = "\n".join([*lines, ""]).encode()
         with _transaction(self._outbox.log_lock):  # which keeps the lines of all its workers apart
             file = self._open()
@@ -849,7 +809,7 @@ class _LogFile:
 
     def _open(self) -> io.FileIO:
         with suppress(FileNotFoundError):
-            if self._files and os.path.samestat(os.stat(self._path), os.fstat(self._files[-1].fileno())):
+            if self._files and os.path.samefile(self._path, self._files[-1].fileno()):
                 return self._files[-1]
         is_other = self._path.exists() and not self._path.is_file()
         # Only a regular file is readable: a FIFO shall not be its own reader, nor wait for one.
@@ -869,14 +829,12 @@ class _LogFile:
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
-        found, seen, looks = set[str](), set[int](), 0
-        while looks < 2:  # in a row that find no other file, as one may be renamed meanwhile
-            looks += 1
+        found, seen = set[str](), set[int]()
+        for _ in range(3):  # as one may be renamed meanwhile
             for path in _named_like(self._path) + _named_like(self._path.resolve()):  # as it may be a link
                 with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
                     if (inode := os.fstat(file.fileno()).st_ino) not in seen:
                         seen.add(inode)
-                        looks = 0
                         found.update(line[_ID] for line in file if line[_ID] in ids and line.endswith("\n"))
                         if self._fsync and os.name == "posix":  # as who wrote them may have died before
                             os.fsync(file.fileno())
@@ -884,10 +842,7 @@ class _LogFile:
 
 
 def _named_like(log: Path) -> list[Path]:
-    """Files such as log.txt, log.txt.1 and log-2026.txt, not logins.txt.
-
-    And never a database or a lock, of ours or another's: to close it would drop this process's locks on it.
-    """
+    """Such as log.txt.1 and log-2026.txt, not logins.txt; and no database or lock: to close it would drop our locks."""
     name, stem, other = re.escape(log.name), re.escape(log.stem), r".*\.(db|sqlite\d?|lock)\b"
     is_like = re.compile(rf"({name}(?!{other})|(?!{other}){stem})(?![a-zA-Z])").match
     return [path for path in log.parent.iterdir() if is_like(path.name) and path.is_file()]
@@ -898,11 +853,8 @@ def _cut_torn_line(file: io.FileIO) -> int:
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
     if file.read(1) not in (b"", b"\n"):
-        newline = -1
-        while end and newline < 0:
-            end = file.seek(max(0, end - 65536))
-            newline = file.read(65536).rfind(b"\n")
-        end += newline + 1
+        start = file.seek(max(0, end - 2**20))  # as no line is so long
+        end = start + file.read().rfind(b"\n") + 1
         file.truncate(end)
     return end
 
@@ -977,10 +929,14 @@ def create_app(
         fsync: True: what was acknowledged survives a loss of power. False: it survives the end of the process.
 
     Raises:
-        TypeError: ``notify`` cannot be called.
-        ValueError: Another setting makes no sense; names it, its value and the rule.
+        TypeError, ValueError: A setting makes no sense; names it, its value and the rule.
     """
-    _check(**locals())
+    settings = locals()
+    if notify is not None and not callable(notify):
+        raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
+    for name, (_, makes_sense, rule) in _SETTINGS.items():
+        if not makes_sense(settings[name]):
+            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
     box = _Outbox(outbox, max_pending, fsync)
     relay = _Relay(box, notify, _LogFile(log, fsync, box), delay, concurrency)
     api = _Api(box, relay, token)
@@ -994,21 +950,18 @@ def create_app(
 
 @asynccontextmanager
 async def _program(service: Starlette) -> AsyncIterator[None]:
-    """The lifespan of ``service:app``. A host's own process is not ours to tune, but this one is.
+    """The lifespan of ``service:app``, whose process is ours to tune, as no host's is.
 
-    Python would look for garbage twice in every turn of a busy loop, where next to none is, for a tenth of the time;
-    and now and then in all that was imported, which stops every answer for 10 ms.
+    Python would look for garbage for a tenth of a busy loop's time, where next to none is; and now and then in all that
+    was imported, which stops every answer for 10 ms.
     """
-    thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000)  # objects
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(gc.set_threshold, *gc.get_threshold())
+        at_end.callback(gc.unfreeze)
+        gc.freeze()
+        gc.set_threshold(50_000)  # objects
         async with _lifespan(service):
             yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
 
 
 app = create_app(**_environment())
