@@ -42,7 +42,7 @@ from pathlib import Path
 from traceback import format_exception_only
 from typing import Any
 
-import anyio.lowlevel
+import anyio
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -262,7 +262,9 @@ class _Group:
             loop: Any = asyncio.get_running_loop()
             call_soon = loop.call_soon_threadsafe
         except RuntimeError:
-            loop = anyio.lowlevel.current_token().native_token  # trio's
+            from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
+
+            loop = current_token().native_token
             call_soon = loop.run_sync_soon
         key = entry if self._max_threads else loop
         with self._changed:
@@ -829,12 +831,14 @@ class _LogFile:
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
-        found, seen = set[str](), set[int]()
-        for _ in range(3):  # as one may be renamed meanwhile
+        found, seen, looks = set[str](), set[int](), 0
+        while looks < 2:  # in a row that find no other file, as one may be renamed meanwhile
+            looks += 1
             for path in _named_like(self._path) + _named_like(self._path.resolve()):  # as it may be a link
                 with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
                     if (inode := os.fstat(file.fileno()).st_ino) not in seen:
                         seen.add(inode)
+                        looks = 0
                         found.update(line[_ID] for line in file if line[_ID] in ids and line.endswith("\n"))
                         if self._fsync and os.name == "posix":  # as who wrote them may have died before
                             os.fsync(file.fileno())
