@@ -257,16 +257,17 @@ class _Group:
 
     async def run(self, entry: _Entry) -> None:
         """Return when the entry was handled."""
+        event: Any = asyncio.Event
         try:
             loop: Any = asyncio.get_running_loop()
             call_soon = loop.call_soon_threadsafe
         except RuntimeError:
             loop = anyio.lowlevel.current_token().native_token  # trio's
-            call_soon = loop.run_sync_soon
+            call_soon, event = loop.run_sync_soon, anyio.Event
         key = entry if self._max_threads else loop
         with self._changed:
             if key not in self.rounds:
-                self.rounds[key] = call_soon, [], anyio.Event()
+                self.rounds[key] = call_soon, [], event()
                 if self._threads:
                     call_soon(call_soon, self.wake)  # at the end of the next turn
             _, entries, handled = self.rounds[key]
