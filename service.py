@@ -252,12 +252,13 @@ class _Group:
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
         # Of each event loop, or with max_threads of each entry: how threads call it, what gathered, who waits for that.
-        self.rounds: dict[Any, tuple[Any, list[_Entry], anyio.Event]] = {}
+        self.rounds: dict[Any, tuple[Any, list[_Entry], asyncio.Event | anyio.Event]] = {}
         self._changed = threading.Condition()
         self._threads, self._woken = 0, False
 
     async def run(self, entry: _Entry) -> None:
         """Return when the entry was handled."""
+        event: Any = asyncio.Event
         try:
             loop: Any = asyncio.get_running_loop()
             call_soon = loop.call_soon_threadsafe
@@ -265,11 +266,11 @@ class _Group:
             from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
 
             loop = current_token().native_token
-            call_soon = loop.run_sync_soon
+            call_soon, event = loop.run_sync_soon, anyio.Event
         key = entry if self._max_threads else loop
         with self._changed:
             if key not in self.rounds:
-                self.rounds[key] = call_soon, [], anyio.Event()
+                self.rounds[key] = call_soon, [], event()
                 if self._threads:
                     call_soon(call_soon, self.wake)  # at the end of the next turn
             _, entries, handled = self.rounds[key]
@@ -616,14 +617,12 @@ class _Relay:
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
-        try:
+        with suppress(GeneratorExit):  # the notifier's, or this task is being closed, and may not wait again
             if self._lifespans and len(self._in_requests) >= self._most_in_hand:
                 entry.due = time.monotonic() + self._delay
             else:
                 await self._attempt(entry, self._in_requests, self._delay)
             await self.catch_up()
-        except GeneratorExit:
-            pass  # the notifier's, or this task is being closed, and may not wait again
 
     async def catch_up(self) -> None:
         """With no lifespan, do what needs a clock after every answer, but for the OpenAPI document."""
