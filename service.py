@@ -246,38 +246,47 @@ def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
 
 
+def _wake_all(waiters: list[Any]) -> None:
+    for waiter in waiters:
+        if isinstance(waiter, anyio.Event):  # trio's
+            waiter.set()
+        elif not waiter.done():  # as it is for who was cancelled
+            waiter.set_result(None)
+
+
 class _Group:
     """One thread that handles all that gathered; or, with max_threads, so many that each handle one entry at a time."""
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
         # Of each event loop, or with max_threads of each entry: how threads call it, what gathered, who waits for that.
-        self.rounds: dict[Any, tuple[Any, list[_Entry], asyncio.Event | anyio.Event]] = {}
+        self.rounds: dict[Any, tuple[Any, list[_Entry], list[Any]]] = {}
         self._changed = threading.Condition()
         self._threads, self._woken = 0, False
 
     async def run(self, entry: _Entry) -> None:
         """Return when the entry was handled."""
-        event: Any = asyncio.Event
         try:
             loop: Any = asyncio.get_running_loop()
-            call_soon = loop.call_soon_threadsafe
+            waiter: Any = loop.create_future()
+            at_end_of_turn, call_soon = loop.call_soon, loop.call_soon_threadsafe
         except RuntimeError:
             from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
 
-            loop = current_token().native_token
-            call_soon, event = loop.run_sync_soon, anyio.Event
+            loop, waiter = current_token().native_token, anyio.Event()
+            at_end_of_turn = call_soon = loop.run_sync_soon
         key = entry if self._max_threads else loop
         with self._changed:
             if key not in self.rounds:
-                self.rounds[key] = call_soon, [], event()
+                self.rounds[key] = call_soon, [], []
                 if self._threads:
-                    call_soon(call_soon, self.wake)  # at the end of the next turn
-            _, entries, handled = self.rounds[key]
+                    at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
+            _, entries, waiters = self.rounds[key]
             entries.append(entry)
+            waiters.append(waiter)
         while not (self._threads or self.wake()):  # as none can be had now
             await anyio.sleep(_LINGER)
-        await handled.wait()
+        await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
 
     def wake(self) -> bool:
         """Have a thread look for entries, and if there are none, for what was put off; False: none can be had."""
@@ -304,9 +313,9 @@ class _Group:
             except BaseException:
                 with suppress(Exception):
                     log.exception("this should not happen, and is a bug of the service")
-            for call_soon, _, handled in rounds:
+            for call_soon, _, waiters in rounds:
                 with suppress(Exception):  # the loop is closed, and nobody waits
-                    call_soon(handled.set)
+                    call_soon(_wake_all, waiters)
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
