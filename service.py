@@ -865,8 +865,11 @@ def _cut_torn_line(file: io.FileIO) -> int:
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
     if file.read(1) not in (b"", b"\n"):
-        start = file.seek(max(0, end - 2**20))  # as no line is so long
-        end = start + file.read().rfind(b"\n") + 1
+        newline = -1
+        while end and newline < 0:
+            end = file.seek(max(0, end - 65536))
+            newline = file.read(65536).rfind(b"\n")
+        end += newline + 1
         file.truncate(end)
     return end
 
@@ -941,7 +944,8 @@ def create_app(
         fsync: True: what was acknowledged survives a loss of power. False: it survives the end of the process.
 
     Raises:
-        TypeError, ValueError: A setting makes no sense; names it, its value and the rule.
+        TypeError: ``notify`` cannot be called.
+        ValueError: Another setting makes no sense; names it, its value and the rule.
     """
     settings = locals()
     if notify is not None and not callable(notify):
