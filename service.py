@@ -427,7 +427,8 @@ class _Outbox:
         probed = len(to_keep) < len(new)  # somebody asks whether it can be written
         _stamp(to_keep)
         with _transaction(self.open()) as db:
-            db.execute(_DELETE, (json.dumps(undeleted),))
+            if undeleted:
+                db.execute(_DELETE, (json.dumps(undeleted),))
             fresh = self._admit(db, to_keep)
             last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
             if probed:
