@@ -163,7 +163,7 @@ class _Api:
         self._outbox, self._relay, self._token, self._catch_up = outbox, relay, token, BackgroundTask(relay.catch_up)
 
     async def send_notification(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+        headers = dict(reversed([*scope["headers"]]))  # of two with one name the first
         if self._token is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self._token.encode()):
@@ -338,7 +338,10 @@ PRAGMA application_id = {_APPLICATION_ID};
 COMMIT;
 PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 """
-_CHECK = "SELECT *, (SELECT count(*) FROM sqlite_schema) FROM pragma_quick_check(1), pragma_application_id"
+_CHECK = """
+SELECT quick_check, application_id, (SELECT count(*) FROM sqlite_schema)
+FROM pragma_quick_check, pragma_application_id LIMIT 1
+"""
 # One statement for many rows, as with each the thread gives up the interpreter, and has to get it back.
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
@@ -438,7 +441,8 @@ class _Outbox:
             entry.seq, entry.due = seq, time.monotonic() + _LATE
             self.pending[seq] = self.waiting[seq] = entry
         if probed:
-            db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
+            with suppress(sqlite3.Error):
+                db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
 
     def _admit(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
@@ -500,7 +504,7 @@ class _Outbox:
             if len(left) < len(self.pending) or self._undeleted or not self._on_disk:
                 self.waiting |= left
                 return  # as it is in use: it stays open until the process ends
-            self._db, self.pending, self._adopted = None, {}, set()
+            self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
             self._opened.close()
             (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
 
@@ -575,7 +579,7 @@ def _is_new(path: Path, wal: Path) -> bool:
         path.touch(0o600)  # for nobody else, from the first moment
         return True
     if size < 512 or (any(changes) and not _is_wal_header(changes[:32].ljust(32))):
-        raise OSError("it is damaged")  # though SQLite would do without the WAL, and remove it
+        raise OSError(f"{path.name} or its WAL is damaged")  # though SQLite would do without the WAL, and remove it
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable={not wal.exists():d}", uri=True)) as db:
         [[verdict, application, tables]] = db.execute(_CHECK)
     if verdict != "ok" or (application != _APPLICATION_ID and (application or tables)):
@@ -664,6 +668,7 @@ class _Relay:
             await self._outbox.probe()  # which commits what was deleted
             if not self._lifespans:
                 await _in_thread(self._outbox.close)
+                self._next_look = 0.0
         if error:
             raise error
 

@@ -671,6 +671,12 @@ async def test_the_token_opens_post_in_any_case_of_its_scheme(scheme):
     assert (await post(app, headers={"authorization": f"{scheme}s3cret"})).status_code == 202
 
 
+async def test_of_two_headers_with_one_name_the_first_counts(sent):
+    app = create_app(sent.append, outbox=":memory:", token="s3cret")
+    both = [("authorization", "Bearer s3cret"), ("authorization", "Bearer other")]
+    assert [(await post(app, headers=headers)).status_code for headers in (both, both[::-1])] == [202, 401]
+
+
 @pytest.mark.parametrize("path", ["/health", "/health/", "/openapi.json", "/openapi.json/"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_get_and_head_of_health_and_document_want_no_token(method, path):
@@ -1121,6 +1127,23 @@ async def test_a_lifespan_that_ends_leaves_what_is_just_being_answered_to_its_ta
             await answering.wait()
         over.set()
     assert delivered == asked[:1]
+
+
+async def test_what_is_left_when_a_lifespan_ends_the_next_of_the_same_app_takes_up_at_once(outbox, monkeypatch):
+    monkeypatch.setattr(service, "_LOOK", 1_000.0)  # seconds until it would look again
+    sent, ready = [], False
+
+    def notify(notification):
+        assert ready
+        sent.append(notification.id)
+
+    app = create_app(notify, outbox=outbox)
+    async with lifespan(app):
+        answer = await post(app)
+    ready = True
+    async with lifespan(app):
+        await soon(lambda: sent)
+    assert sent == [answer.json()["id"]]
 
 
 async def test_an_error_in_the_hosts_own_lifespan_reaches_it_as_it_was(app):
@@ -1887,6 +1910,17 @@ async def test_an_outbox_that_is_replaced_while_it_is_in_use_promises_nothing_mo
     assert ids(log) == [first.json()["id"]]
 
 
+async def test_a_checkpoint_that_fails_is_nobodys_answer(app, outbox, monkeypatch):
+    class Full(sqlite3.Connection):
+        def execute(self, sql, *values):
+            if "checkpoint" in sql:
+                raise sqlite3.OperationalError("database or disk is full")
+            return super().execute(sql, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Full))
+    assert await health(app) == counts()
+
+
 async def test_a_commit_that_fails_promises_nothing_to_those_who_sent_one_key_at_once(log, outbox):
     answers, app = [], create_app(log=log, outbox=outbox)
 
@@ -1977,7 +2011,7 @@ async def test_without_a_lifespan_the_next_traffic_retries_and_so_it_heals(log, 
 
 
 WHOLE = A_LINE.format(id="5f0b").encode() + b"\n"
-TORN = {"half a line": WHOLE[:-3], "one byte": b"2", "100 kB": b"x" * 100_000, "half a character": "é".encode()[:1]}
+TORN = {"half a line": WHOLE[:-3], "one byte": b"2", "2 MB": bytes(2_000_000), "half a character": "é".encode()[:1]}
 
 
 @cases("tail", TORN)

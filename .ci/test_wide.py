@@ -314,13 +314,23 @@ def test_on_trio_time_can_run_out_within_a_nursery_of_the_notifier():
     assert calls[0] == calls[1]
 
 
-def test_what_is_tested_in_process_holds_on_trio(tmp_path):
-    command = [sys.executable, "-m", "pytest", "test_service.py", "-k", "trio", f"--basetemp={tmp_path / 'trio'}"]
-    command += ["-W", "ignore:Async generator 'httpx._content:ResourceWarning"]  # httpx leaves it to trio to close
-    where = {"cwd": test_service.HERE, "env": os.environ | {"TEST_BACKENDS": "trio"}}
-    result = subprocess.run(command, **where, capture_output=True, text=True, timeout=120)
+def passed(folder: Path, keyword: str, *options: str, **env: str) -> int:
+    """How many of test_service.py's tests with this keyword pass in this environment, which all must."""
+    command = [sys.executable, "-m", "pytest", "test_service.py", "-k", keyword, f"--basetemp={folder / 'tests'}"]
+    where = {"cwd": test_service.HERE, "env": os.environ | env}
+    result = subprocess.run([*command, *options], **where, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 200, result.stdout
+    return int(re.search(r"(\d+) passed", result.stdout)[1])
+
+
+def test_what_is_tested_in_process_holds_on_trio(tmp_path):
+    left_to_trio = "ignore:Async generator 'httpx._content:ResourceWarning"  # to close it
+    assert passed(tmp_path, "trio", "-W", left_to_trio, TEST_BACKENDS="trio") > 200
+
+
+def test_the_outbox_holds_on_a_newer_sqlite(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys, pysqlite3\nsys.modules['sqlite3'] = pysqlite3\n")
+    assert passed(tmp_path, "outbox or left or key", PYTHONPATH=str(tmp_path)) > 50
 
 
 @pytest.fixture(scope="session", autouse=True)
