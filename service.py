@@ -673,11 +673,13 @@ class _Relay:
             raise error
 
     async def _keep_time(self, clock: anyio.CancelScope, start_soon: Callable[..., object]) -> None:
+        pause = _POLL
         with clock:
             while clock in self._lifespans:  # a sleep that is over when it is cancelled just ends
                 start_soon(self._adopt)  # beside what is due, as it may take long to search the log
                 self._step(start_soon)
-                await anyio.sleep(_POLL if self._outbox.pending else 10 * _POLL)
+                await anyio.sleep(pause)
+                pause = _POLL if self._outbox.pending else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
         """Take over what the dead left."""
