@@ -69,6 +69,14 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], Callable[[Any], object], str]] 
 }
 
 
+def _check(notify: object, **settings: object) -> None:
+    if notify is not None and not callable(notify):
+        raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
+    for name, (_, makes_sense, rule) in _SETTINGS.items():
+        if not makes_sense(settings[name]):
+            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
+
+
 def _environment() -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, (read, *_) in _SETTINGS.items():
@@ -955,12 +963,7 @@ def create_app(
         TypeError: ``notify`` cannot be called.
         ValueError: Another setting makes no sense; names it, its value and the rule.
     """
-    settings = locals()
-    if notify is not None and not callable(notify):
-        raise TypeError(f"notify must be callable with a Notification, not {notify!r}")
-    for name, (_, makes_sense, rule) in _SETTINGS.items():
-        if not makes_sense(settings[name]):
-            raise ValueError(f"{name} (NOTIFY_{name.upper()}) must be {rule}, not {settings[name]!r}")
+    _check(**locals())
     box = _Outbox(outbox, max_pending, fsync)
     relay = _Relay(box, notify, _LogFile(log, fsync, box), delay, concurrency)
     api = _Api(box, relay, token)
