@@ -809,12 +809,16 @@ async def _in_thread(function: Callable[..., object], *args: object) -> None:
 # ---------------------------------------------------------------------------------------------------- log file
 
 
+_NAME = "/proc/self/fd/%d"  # a link to where an open file is now
+
+
 class _LogFile:
     """The file that the default notifier appends to. It may be renamed at any time: the next line makes a new one."""
 
     def __init__(self, path: str | Path, fsync: bool, outbox: _Outbox) -> None:
         self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
         self._files: list[io.FileIO] = []  # open from a line to the next sync; more than one only if it was renamed
+        self._name = ""  # of the last of them, as the system tells it
 
     def append(self, lines: list[str]) -> None:
         """Append all lines, or raise and append none; an error with a context: some may stay, as to cut them failed."""
@@ -835,7 +839,7 @@ class _LogFile:
 
     def _open(self) -> io.FileIO:
         with suppress(FileNotFoundError):
-            if self._files and os.path.samefile(self._path, self._files[-1].fileno()):
+            if self._files and self._has_its_name(self._files[-1].fileno()):
                 return self._files[-1]
         is_other = self._path.exists() and not self._path.is_file()
         # Only a regular file is readable: a FIFO shall not be its own reader, nor wait for one.
@@ -844,7 +848,15 @@ class _LogFile:
         if is_other:
             os.set_blocking(file, True)
         self._files.append(io.FileIO(file, "a" if is_other else "a+"))
+        with suppress(OSError):
+            self._name = os.readlink(_NAME % file)
         return self._files[-1]
+
+    def _has_its_name(self, file: int) -> bool:
+        try:  # first, as to stat it would have its next write record the time anew, which costs each commit I/O
+            return os.readlink(_NAME % file) == self._name
+        except OSError:  # this is not Linux
+            return os.path.samefile(self._path, file)
 
     def sync(self) -> None:
         """Have what was appended on the disk; raises OSError."""

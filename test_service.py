@@ -1163,13 +1163,36 @@ async def test_only_the_owner_may_read_the_log_and_the_outbox(tmp_path, log, out
     assert any(path.parent == outbox for path in modes)
 
 
-async def test_the_log_may_be_renamed_at_any_time(log, outbox):
+def _replace(log: Path) -> None:
+    (new := log.with_name("new")).touch()
+    new.rename(log)
+
+
+LEAVES = {  # how a log is no longer the file of its name, at any time
+    "renamed": lambda log: log.rename(log.with_name("log.txt.1")),
+    "renamed for a new one": lambda log: (log.rename(log.with_name("log.txt.1")), log.touch()),
+    "removed": lambda log: log.unlink(),
+    "replaced": _replace,
+    "its folder renamed": lambda log: (log.parent.rename(log.parent.with_name("old")), log.parent.mkdir()),
+}
+
+
+@cases("leave", LEAVES)
+@pytest.mark.parametrize("is_linux", [True, False], ids=["by its link", "by its number"])
+async def test_the_next_line_is_in_the_file_that_has_the_name_of_the_log(
+    tmp_path, outbox, monkeypatch, leave, is_linux
+):
+    if not is_linux:
+        monkeypatch.setattr(os, "readlink", lambda path: os.stat(f"{path} is not there"))
+    log = tmp_path / "logs" / "log.txt"
+    log.parent.mkdir()
     app = create_app(log=log, outbox=outbox)
-    first, second = [(await post(app)).json()["id"] for _ in range(2)]
-    renamed = log.rename(log.with_name("log.txt.1"))
-    third = (await post(app)).json()["id"]
-    assert [n.id for n in read(renamed)] == [first, second]
-    assert [n.id for n in read(log)] == [third]
+    before = [(await post(app)).json()["id"] for _ in range(2)]
+    assert ids(log) == before
+    leave(log)
+    after = [(await post(app)).json()["id"] for _ in range(2)]
+    assert ids(log) == after
+    assert all(ids(path) == before for path in tmp_path.rglob("log.txt*") if path != log)
 
 
 async def test_apps_on_different_outboxes_share_nothing(tmp_path, sent):
