@@ -12,18 +12,20 @@ import re
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from email import message_from_bytes, policy
+from email import message_from_bytes
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
 from pathlib import Path
 
+import anyio
 import httpx
 import pytest
 import trio
@@ -34,7 +36,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from starlette.testclient import TestClient
 
 import test_service
-from service import create_app
+from service import Notification, create_app
 from test_service import AN_HOUR, JSON, MEDIA, PATH, TARGET, Clients, Server, cases, ids, read, request, rows, serve
 
 # -------------------------------------------------------------------------------------------------- helpers
@@ -55,6 +57,12 @@ def hosted(folder: Path, source: str, *options: str, **how):
     """A server of the app of this source, which starts with create_app."""
     (folder / "host.py").write_text(f"from service import create_app\n{source}")
     return serve(folder, *options, app="host:app", **how)
+
+
+def block(heading: str, language: str = "python") -> str:
+    """The first block in this language under the README's heading with this word."""
+    pattern = rf"^#+ [^\n]*{heading}[^\n]*\n.*?^```{language}\n(.*?)^```$"
+    return re.search(pattern, test_service.README.read_text(), re.IGNORECASE | re.MULTILINE | re.DOTALL)[1]
 
 
 def delivered(server: Server) -> dict[str, str]:
@@ -174,6 +182,7 @@ async def raises(request, call_next):
 
 app = Starlette(routes=[Route("/own", own), Mount("/mail", create_app())], middleware=[{middleware}])
 """
+BESIDE = block("your own app", "python beside").replace("/notify", "/mail")
 HOSTS = {
     "starlette": STARLETTE.format(middleware=""),
     "starlette, gzip": STARLETTE.format(middleware="Middleware(GZipMiddleware, minimum_size=1)"),
@@ -200,17 +209,15 @@ def own() -> str:
 app = Litestar([own, asgi("/mail", is_mount=True, copy_scope=True)(create_app())])
 """,
     "quart": """
-from hypercorn.middleware import DispatcherMiddleware
 from quart import Quart
 
-quart = Quart(__name__)
+host, notifications = Quart(__name__), create_app()
 
-@quart.get("/own")
+@host.get("/own")
 async def own():
     return "own"
-
-app = DispatcherMiddleware({"/mail": create_app(), "": quart})
-""",
+"""
+    + BESIDE,
     "django": """
 from django.conf import settings
 from django.core.asgi import get_asgi_application
@@ -219,14 +226,9 @@ from django.urls import path
 
 settings.configure(SECRET_KEY="secret", ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"])
 urlpatterns = [path("own", lambda request: HttpResponse("own"))]
-django, notify = get_asgi_application(), create_app()
-
-async def app(scope, receive, send):
-    if scope["type"] == "http" and scope["path"].startswith("/mail/"):
-        await notify({**scope, "root_path": scope["root_path"] + "/mail"}, receive, send)
-    else:
-        await django(scope, receive, send)
-""",
+host, notifications = get_asgi_application(), create_app()
+"""
+    + BESIDE,
     "a bare function": """
 notify = create_app()
 
@@ -689,16 +691,15 @@ def test_twenty_thousand_pending_at_start(tmp_path):
 # ----------------------------------------------------------------------------------------------------- engines
 
 
-def block(word: str) -> str:
-    """The Python block under the README's heading with this word."""
-    pattern = rf"^#+ [^\n]*{word}[^\n]*\n.*?^```python[^\n]*\n(.*?)^```$"
-    return re.search(pattern, test_service.README.read_text(), re.IGNORECASE | re.MULTILINE | re.DOTALL)[1]
-
-
 @contextmanager
 def smtp_server():
     """A real SMTP server: its port, and the mail it received."""
     received, port = [], []
+
+    class Verbatim(SMTP):
+        async def smtp_RCPT(self, arg):
+            self.envelope.recipient = arg  # as aiosmtpd decodes what it keeps
+            await super().smtp_RCPT(arg)
 
     class Handler:
         async def handle_DATA(self, server, session, envelope):
@@ -706,7 +707,7 @@ def smtp_server():
             return "250 OK"
 
     async def serve():
-        server = await asyncio.get_running_loop().create_server(lambda: SMTP(Handler()), "127.0.0.1", 0)
+        server = await asyncio.get_running_loop().create_server(lambda: Verbatim(Handler()), "127.0.0.1", 0)
         port.append(server.sockets[0].getsockname()[1])
         async with server:
             await asyncio.to_thread(stop.wait)
@@ -731,6 +732,8 @@ MAIL = {
     "lone carriage returns": ("user@example.com", "a\rBcc: eve@example.com\r.\rb"),
     "a long line": ("user@example.com", "x" * 10_000),
     "odd address": ("a..b'/+{|}~=?utf-8?q?=@example.com", "odd"),
+    "an address that could be decoded to others": ("=?utf-8?q?eve=40example.com=2C?=@example.com", "odd"),
+    "an address that could be decoded to a header": ("=?utf-8?q?=0D=0ABcc=3A_eve=40example.com?=@example.com", "odd"),
     "percent and bang": ("a%b!c@example.com", "odd"),
     "the longest address": ("a" * 64 + "@" + ".".join(["b" * 60] * 3 + ["com"]), "long"),
     "nothing": ("user@example.com", ""),
@@ -749,15 +752,13 @@ def test_smtp_gets_each_notification_as_one_mail_that_no_input_can_forge(tmp_pat
             server.settled()
     assert len(received) == len(MAIL)
     for envelope in received:
-        mail = message_from_bytes(envelope.content, policy=policy.default)
+        mail = message_from_bytes(envelope.content)
         [id] = [id for id in kept if id in mail["Message-ID"]]
         email, message = kept.pop(id)
-        assert envelope.rcpt_tos == [email]
-        assert len(mail.get_all("To")) == len(mail.get_all("Subject")) == len(mail.get_all("From")) == 1
-        assert email in str(mail["To"])
-        assert not {"Bcc", "Cc"} & {*mail.keys()}
-        assert "forged" not in mail["Subject"]
-        assert "".join(mail.get_content().split()) == "".join(message.split())
+        assert (envelope.recipient, len(envelope.rcpt_tos)) == (f"TO:<{email}>", 1)
+        assert ([to.split() for to in mail.get_all("To")], len(mail.get_all("From"))) == ([[email]], 1)
+        assert (mail.get_all("Subject"), {"Bcc", "Cc"} & {*mail.keys()}) == (["A notification"], set())
+        assert mail.get_payload(decode=True).decode().splitlines() == message.splitlines()
 
 
 def test_a_webhook_gets_each_notification_and_its_repeat_with_the_id_as_idempotency_key(tmp_path, monkeypatch):
@@ -788,13 +789,24 @@ def test_a_webhook_gets_each_notification_and_its_repeat_with_the_id_as_idempote
     assert all(body == {"email": test_service.USER, "message": kept[key]} for key, body in calls)
 
 
+def test_a_webhook_reads_no_certificates_for_each_notification(monkeypatch):
+    load, loads = ssl.create_default_context, []
+    monkeypatch.setattr(ssl, "create_default_context", lambda *how, **more: loads.append(how) or load(*how, **more))
+    monkeypatch.setenv("WEBHOOK", "https://127.0.0.1:1/nobody")
+    exec(block("webhook"), recipe := {})
+    for _ in range(3):
+        with pytest.raises(httpx.ConnectError):
+            anyio.run(recipe["call_webhook"], Notification("an id", test_service.USER, "hello", "now"))
+    assert len(loads) == 1
+
+
 def test_celery_gets_each_notification_however_long_its_broker_is_down(tmp_path, monkeypatch):
     path = str(tmp_path / "redis.sock")
     redis = ["redis-server", "--port", "0", "--unixsocket", path, "--save", ""]
     celery = [sys.executable, "-m", "celery", "-A", "host:celery", "worker", "--pool", "solo", "--loglevel", "info"]
     monkeypatch.setenv("CELERY_BROKER_URL", f"redis+socket://{path}")
 
-    with hosted(tmp_path, block("celery")) as server:
+    with hosted(tmp_path, block("celery", "python celery")) as server:
         kept = post(server, *numbered("while it is down", 50))
         eventually(lambda: server.http.get("/health").json()["failed"] > 0)
         assert server.http.get("/health").json()["pending"] == 50
