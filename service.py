@@ -42,7 +42,6 @@ from pathlib import Path
 from traceback import format_exception_only
 from typing import Any
 
-import anyio
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
