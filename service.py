@@ -33,7 +33,6 @@ import sqlite3
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -792,11 +791,11 @@ class _Warnings:
     """Warns, but only so many times a minute."""
 
     def __init__(self, most: int) -> None:
-        self._recent: deque[float] = deque([-math.inf] * most, maxlen=most)
+        self._recent = [-math.inf] * most  # times, the oldest first
 
     def __call__(self, message: str, error: BaseException, *args: object) -> None:
         if self._recent[0] < time.monotonic() - 60:
-            self._recent.append(time.monotonic())
+            self._recent = [*self._recent[1:], time.monotonic()]
             with suppress(Exception):  # whatever the error does when it is printed, or who handles the record
                 log.warning(f"{message}: %.500r", *args, "".join(format_exception_only(error)).strip())
 
