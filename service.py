@@ -888,14 +888,13 @@ def _named_like(log: Path) -> list[Path]:
 
 def _cut_torn_line(file: io.FileIO) -> int:
     """Cut what a crash has left after the last whole line; where the file ends then."""
-    end = file.seek(0, os.SEEK_END)
-    file.seek(max(0, end - 1))
-    if file.read(1) not in (b"", b"\n"):
-        newline = -1
-        while end and newline < 0:
-            end = file.seek(max(0, end - 65536))
-            newline = file.read(65536).rfind(b"\n")
-        end += newline + 1
+    size = end = file.seek(0, os.SEEK_END)
+    newline = -1
+    while end and newline < 0:
+        end = file.seek(max(0, end - 4096))
+        newline = file.read(4096).rfind(b"\n")
+    end += newline + 1
+    if end < size:
         file.truncate(end)
     return end
 
