@@ -807,16 +807,13 @@ async def _in_thread(function: Callable[..., object], *args: object) -> None:
 # ---------------------------------------------------------------------------------------------------- log file
 
 
-_NAME = "/proc/self/fd/%d"  # a link to where an open file is now
-
-
 class _LogFile:
     """The file that the default notifier appends to. It may be renamed at any time: the next line makes a new one."""
 
     def __init__(self, path: str | Path, fsync: bool, outbox: _Outbox) -> None:
         self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
         self._files: list[io.FileIO] = []  # open from a line to the next sync; more than one only if it was renamed
-        self._name = ""  # of the last of them, as the system tells it
+        self._place: str | int = ""  # of the last of them, as the system tells it
 
     def append(self, lines: list[str]) -> None:
         """Append all lines, or raise and append none; an error with a context: some may stay, as to cut them failed."""
@@ -837,24 +834,23 @@ class _LogFile:
 
     def _open(self) -> io.FileIO:
         with suppress(FileNotFoundError):
-            if self._files and self._has_its_name(self._files[-1].fileno()):
+            if self._files and self._place_of(self._files[-1]) == self._place:
                 return self._files[-1]
         is_other = self._path.exists() and not self._path.is_file()
         # Only a regular file is readable: a FIFO shall not be its own reader, nor wait for one.
-        mode = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) if is_other else os.O_RDWR
-        file = os.open(self._path, mode | os.O_APPEND | os.O_CREAT, 0o600)
+        mode, flag = ("a", getattr(os, "O_NONBLOCK", 0)) if is_other else ("a+", 0)
+        file = io.FileIO(self._path, mode, opener=lambda path, flags: os.open(path, flags | flag, 0o600))
         if is_other:
-            os.set_blocking(file, True)
-        self._files.append(io.FileIO(file, "a" if is_other else "a+"))
-        with suppress(OSError):
-            self._name = os.readlink(_NAME % file)
-        return self._files[-1]
+            os.set_blocking(file.fileno(), True)
+        self._files.append(file)
+        self._place = self._place_of(file)
+        return file
 
-    def _has_its_name(self, file: int) -> bool:
+    def _place_of(self, file: io.FileIO) -> str | int:
         try:  # first, as to stat it would have its next write record the time anew, which costs each commit I/O
-            return os.readlink(_NAME % file) == self._name
+            return os.readlink(f"/proc/self/fd/{file.fileno()}")
         except OSError:  # this is not Linux
-            return os.path.samefile(self._path, file)
+            return self._path.stat().st_ino
 
     def sync(self) -> None:
         """Have what was appended on the disk; raises OSError."""
