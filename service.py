@@ -917,13 +917,12 @@ _DOCUMENT = _answers({200: "OpenAPI 3.1."}, openapi=_STRING, info={}, paths={}, 
 _SELF = {"summary": "This document.", "responses": _ANYWHERE | _DOCUMENT}
 _CONTENT = {"message": _STRING | {"maxLength": 10_000, "default": _MESSAGE}}
 _BODY = {"type": "object", "properties": _CONTENT, "additionalProperties": False}
+_ADDRESS = {"name": "email", "in": "path", "required": True, "schema": _STRING | {"pattern": _EMAIL, "maxLength": 254}}
+_KEY = {"name": "Idempotency-Key", "in": "header", "schema": _STRING | {"pattern": "^[ -~]{1,255}$"}}
 _SEND = {
     "summary": "Keep a notification, answer, and deliver it afterwards.",
     "security": [{}, {"token": []}],
-    "parameters": [
-        {"name": "email", "in": "path", "required": True, "schema": _STRING | {"pattern": _EMAIL, "maxLength": 254}},
-        {"name": "Idempotency-Key", "in": "header", "schema": _STRING | {"pattern": "^[ -~]{1,255}$"}},
-    ],
+    "parameters": [_ADDRESS, _KEY],
     "requestBody": {"content": {"application/json": {"schema": _BODY}}},
     "responses": _ANYWHERE | _REFUSED | _answers({202: "It is kept."}, id=_STRING, message=_STRING),
 }
