@@ -981,16 +981,12 @@ def create_app(
 
 @asynccontextmanager
 async def _program(service: Starlette) -> AsyncIterator[None]:
-    """The lifespan of ``service:app``, whose process is ours to tune, as no host's is.
-
-    Python would look for garbage for a tenth of a busy loop's time, where next to none is; and now and then in all that
-    was imported, which stops every answer for 10 ms.
-    """
+    """The lifespan of ``service:app``, whose process is ours to tune, as no host's is."""
     with ExitStack() as at_end:
         at_end.callback(gc.set_threshold, *gc.get_threshold())
         at_end.callback(gc.unfreeze)
-        gc.freeze()
-        gc.set_threshold(50_000)  # objects
+        gc.freeze()  # or all that was imported is looked through now and then, which stops every answer for 10 ms
+        gc.set_threshold(50_000)  # objects; Python's own is a tenth of a busy loop's time, where next to no garbage is
         async with _lifespan(service):
             yield
 
