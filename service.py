@@ -45,8 +45,7 @@ import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -199,7 +198,7 @@ class _Api:
     async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
         await JSONResponse(_OPENAPI | {"servers": [{"url": scope.get("root_path") or "/"}]})(scope, receive, send)
 
-    async def refuse(self, request: Request, exc: Exception) -> Response:
+    async def refuse(self, request: object, exc: Exception) -> JSONResponse:
         """The answer to every error; the framework logs what is no HTTPException."""
         error = exc if isinstance(exc, HTTPException) else HTTPException(500)
         content = {"detail": _DETAILS.get(error.status_code, error.detail)}
