@@ -832,9 +832,8 @@ class _LogFile:
                 raise
 
     def _open(self) -> io.FileIO:
-        with suppress(FileNotFoundError):
-            if self._files and self._place_of(self._files[-1]) == self._place:
-                return self._files[-1]
+        if self._files and self._place_of(self._files[-1]) == self._place:
+            return self._files[-1]
         is_other = self._path.exists() and not self._path.is_file()
         # Only a regular file is readable: a FIFO shall not be its own reader, nor wait for one.
         mode, flag = ("a", getattr(os, "O_NONBLOCK", 0)) if is_other else ("a+", 0)
@@ -846,10 +845,9 @@ class _LogFile:
         return file
 
     def _place_of(self, file: io.FileIO) -> str | int:
-        try:  # first, as to stat it would have its next write record the time anew, which costs each commit I/O
+        with suppress(OSError):  # first, as to stat it has its next write record the time anew, which costs I/O
             return os.readlink(f"/proc/self/fd/{file.fileno()}")
-        except OSError:  # this is not Linux
-            return self._path.stat().st_ino
+        return self._path.exists() and self._path.stat().st_ino  # this is not Linux
 
     def sync(self) -> None:
         """Have what was appended on the disk; raises OSError."""
