@@ -102,7 +102,7 @@ class Notification:
 class _Entry:
     """A notification on its way."""
 
-    line: str  # at first only its text; "": there is none, and it only asks that what was put off is done
+    line: str  # at first without time and id; "": it is none, and only asks that what was put off is done
     key: str | None = None
     seq: int = 0  # in the outbox; 0: it is not there
     replayed: str = ""  # the id of an earlier one with its key
@@ -134,7 +134,7 @@ def _read_line(line: str) -> Notification:
 
 
 def _digest(line: str) -> str:
-    """Of what came with an idempotency key."""
+    """Tells whether what came with an idempotency key is the same."""
     n = _read_line(line)
     return hashlib.sha256(f"{n.email}\n{n.message}".encode()).hexdigest()
 
@@ -145,14 +145,14 @@ def _digest(line: str) -> str:
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _EMAIL = rf"^[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
 _is_email = re.compile(_EMAIL).fullmatch  # ^ and $ are for who reads it in the OpenAPI document
-# Python's own takes NaN, which int does not, and takes an integer of more than 4,300 digits for malformed.
+# By default Python accepts NaN, which int refuses, and refuses integers of more than 4,300 digits.
 _read_json = json.JSONDecoder(parse_int=float, parse_constant=int).decode
 _MESSAGE = "some notification"
 _RETRY = {"Retry-After": "1"}  # seconds
 _DETAILS = {  # of what the framework raises
     404: "Nothing is here: see /openapi.json for what there is.",
     405: "Use one of the methods that the Allow header names.",
-    500: "The service failed: ask whoever runs it, as its log says why.",
+    500: "The service failed: ask whoever runs it to look in its log.",
 }
 
 
@@ -231,10 +231,10 @@ async def _read_message(content_type: bytes, receive: Receive) -> str:
 
 
 def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
-    """A Route that takes no newline at the end of the path, as Starlette's own would, but takes one slash there."""
+    """A Route that allows one slash at the end of the path, and no newline there, as Starlette's own would."""
     route = Route(path, endpoint, methods=[method])
     route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
-    route.app = endpoint  # and not the function of a Request that Starlette takes it for
+    route.app = endpoint  # Starlette would wrap it, as a function of a Request
     return route
 
 
@@ -982,8 +982,8 @@ async def _program(service: Starlette) -> AsyncIterator[None]:
     with ExitStack() as at_end:
         at_end.callback(gc.set_threshold, *gc.get_threshold())
         at_end.callback(gc.unfreeze)
-        gc.freeze()  # or all that was imported is looked through now and then, which stops every answer for 10 ms
-        gc.set_threshold(50_000)  # objects; Python's own is a tenth of a busy loop's time, where next to no garbage is
+        gc.freeze()  # or all that was imported is searched now and then, which stops every answer for 10 ms
+        gc.set_threshold(50_000)  # objects; Python's own takes a tenth of a busy loop's time, to find next to nothing
         async with _lifespan(service):
             yield
 
