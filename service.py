@@ -243,10 +243,10 @@ def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
 # Goals: the event loop waits for no disk and no notifier. No hop between threads, no commit and no wake-up for each
 # notification, but one for all that gathered. Nothing belongs to one event loop, as one app may serve several.
 #
-# Plan: `run` adds the entry to its loop's round, and waits. When the loop has done its next turn, a thread takes the
-# rounds, handles all that is in them, and has each loop wake who waits there. What comes meanwhile gathers in new
-# rounds, so that they grow with the load. A thread to which nothing comes for a while ends; one that is woken for
-# nothing handles an empty list first, which is the time for what was put off. What was added is handled, come what may.
+# Plan: `run` adds the entry to what gathers, and waits. When the loop has done its next turn, a thread takes all of it,
+# handles it, and has each loop wake who waits there. What comes meanwhile gathers for the next time, so that there is
+# more of it under more load. A thread to which nothing comes for a while ends; one that is woken for nothing handles an
+# empty list first, which is the time for what was put off. What was added is handled, come what may.
 
 _LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
 
@@ -264,8 +264,7 @@ class _Group:
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
-        # Of each event loop, or with max_threads of each entry: how threads call it, what gathered, who waits for that.
-        self.rounds: dict[Any, tuple[Any, list[_Entry], list[Any]]] = {}
+        self.gathered: list[tuple[_Entry, Any, Any]] = []  # each with who waits for it, and how threads call its loop
         self._changed = threading.Condition()
         self._threads, self._woken = 0, False
 
@@ -280,15 +279,10 @@ class _Group:
 
             loop, waiter = current_token().native_token, anyio.Event()
             at_end_of_turn = call_soon = loop.run_sync_soon
-        key = entry if self._max_threads else loop
         with self._changed:
-            if key not in self.rounds:
-                self.rounds[key] = call_soon, [], []
-                if self._threads:
-                    at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
-            _, entries, waiters = self.rounds[key]
-            entries.append(entry)
-            waiters.append(waiter)
+            if self._threads and (self._max_threads or not self.gathered or self.gathered[-1][2] != call_soon):
+                at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
+            self.gathered.append((entry, waiter, call_soon))
         while not (self._threads or self.wake()):  # as none can be had now
             await anyio.sleep(_LINGER)
         await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
@@ -307,20 +301,20 @@ class _Group:
     def _work(self) -> None:
         while True:
             with self._changed:
-                if not self._changed.wait_for(lambda: self.rounds, _LINGER) and not self._woken:
+                if not self._changed.wait_for(lambda: self.gathered, _LINGER) and not self._woken:
                     self._threads -= 1
                     return
                 self._woken = False
-                keys = list(self.rounds)[: 1 if self._max_threads else None]
-                rounds = [self.rounds.pop(key) for key in keys]
+                taken = self.gathered[: 1 if self._max_threads else None]
+                del self.gathered[: len(taken)]
             try:
-                self._handle([entry for _, entries, _ in rounds for entry in entries])
+                self._handle([entry for entry, _, _ in taken])
             except BaseException:
                 with suppress(Exception):
                     log.exception("this should not happen, and is a bug of the service")
-            for call_soon, _, waiters in rounds:
+            for call_soon in {call_soon for _, _, call_soon in taken}:
                 with suppress(Exception):  # the loop is closed, and nobody waits
-                    call_soon(_wake_all, waiters)
+                    call_soon(_wake_all, [waiter for _, waiter, its_own in taken if its_own == call_soon])
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
@@ -699,7 +693,7 @@ class _Relay:
     def _step(self, start_soon: Callable[..., object]) -> None:
         """Start to deliver what is due."""
         for group in (self._outbox.writer, self._group):
-            if group.rounds:  # as no thread could be had, and who waited was cancelled
+            if group.gathered:  # as no thread could be had, and who waited was cancelled
                 group.wake()
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
