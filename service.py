@@ -337,10 +337,7 @@ PRAGMA application_id = {_APPLICATION_ID};
 COMMIT;
 PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 """
-_CHECK = """
-SELECT quick_check, application_id, (SELECT count(*) FROM sqlite_schema)
-FROM pragma_quick_check, pragma_application_id LIMIT 1
-"""
+_CHECK = "SELECT * FROM pragma_quick_check, pragma_application_id, (SELECT count(*) FROM sqlite_schema) LIMIT 1"
 # One statement for many rows, as with each the thread gives up the interpreter, and has to get it back.
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
