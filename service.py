@@ -678,14 +678,13 @@ class _Relay:
                 pause = _POLL if self._outbox.pending else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
-        """Take over what the dead left."""
-        if time.monotonic() < self._next_look or self._outbox.adopting.locked():
-            return
-        self._next_look = time.monotonic() + _LOOK
-        try:
-            await _in_thread(self._outbox.adopt, self._find_delivered)
-        except Exception as exc:
-            self._warn("what is left in the outbox has to wait", exc)
+        """Take over what the dead left, unless somebody is at it."""
+        if time.monotonic() >= self._next_look and not self._outbox.adopting.locked():
+            self._next_look = time.monotonic() + _LOOK
+            try:
+                await _in_thread(self._outbox.adopt, self._find_delivered)
+            except Exception as exc:
+                self._warn("what is left in the outbox has to wait", exc)
 
     def _step(self, start_soon: Callable[..., object]) -> None:
         """Start to deliver what is due."""
