@@ -37,6 +37,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from traceback import format_exception_only
 from typing import Any
@@ -260,7 +261,7 @@ def _wake_all(waiters: list[Any]) -> None:
 
 
 class _Group:
-    """One thread that handles all that gathered; or, with max_threads, so many that each handle one entry at a time."""
+    """One thread that handles all that gathered; or up to max_threads, of which each handles one entry at a time."""
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
@@ -311,7 +312,7 @@ class _Group:
                 self._handle([entry for entry, _, _ in taken])
             except BaseException:
                 with suppress(Exception):
-                    log.exception("this should not happen, and is a bug of the service")
+                    log.exception("this should not happen: please report it as a bug of the service")
             for call_soon in {call_soon for _, _, call_soon in taken}:
                 with suppress(Exception):  # the loop is closed, and nobody waits
                     call_soon(_wake_all, [waiter for _, waiter, its_own in taken if its_own == call_soon])
@@ -319,7 +320,6 @@ class _Group:
 
 # ------------------------------------------------------------------------------------------------------ outbox
 
-_APPLICATION_ID = 0x6E6F7466
 _PROBE = "INSERT OR REPLACE INTO probe (rowid, filler) VALUES (1, randomblob(16384))"
 _SCHEMA = f"""
 BEGIN;
@@ -333,11 +333,11 @@ CREATE TABLE IF NOT EXISTS keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest 
 CREATE INDEX IF NOT EXISTS keys_at ON keys (at);
 CREATE TABLE IF NOT EXISTS probe (filler BLOB);  -- what is written to see whether it can be
 {_PROBE};
-PRAGMA application_id = {_APPLICATION_ID};
 COMMIT;
 PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 """
-_CHECK = "SELECT * FROM pragma_quick_check, pragma_application_id, (SELECT count(*) FROM sqlite_schema) LIMIT 1"
+_CHECK = "SELECT * FROM pragma_quick_check, (SELECT count(*) FROM sqlite_schema) LIMIT 1"
+_IS_OURS = "SELECT seq, worker, line, key, id, digest, at, filler FROM pending, keys, probe"  # or it is an error
 # One statement for many rows, as with each the thread gives up the interpreter, and has to get it back.
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
@@ -391,7 +391,7 @@ class _Outbox:
         return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
 
     def take(self, entry: _Entry) -> bool:
-        """Whether the entry is the caller's to deliver, as it is for the first who asks."""
+        """Whether the entry is the caller's to deliver: it is the first's who asks."""
         return self.waiting.pop(entry.seq, None) is not None
 
     def settle(self, entries: list[_Entry]) -> None:
@@ -415,7 +415,9 @@ class _Outbox:
                     entry.replayed, entry.error, entry.failure = "", None, str(exc) or repr(exc)
                 self._warn("the outbox cannot be written, and answers are 503", exc)
                 if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
-                    with suppress(Exception):  # over this one, which may be whole in the WAL, for a start to replay
+                    with suppress(
+                        Exception
+                    ):  # over the failed one, which may be whole in the WAL, where a start would replay it
                         self._commit([_Entry("")])
 
     def _commit(self, new: list[_Entry]) -> None:
@@ -467,7 +469,7 @@ class _Outbox:
                 if self._db is None:
                     self._db = self._start()
                 elif self._on_disk and (self._path.stat().st_ino != self._inode or not os.access(self._wal, os.F_OK)):
-                    # To stat the WAL would have its next write record the time anew, which costs I/O at each commit.
+                    # Not a stat of the WAL: its next write would record the time anew, which costs I/O at each commit.
                     raise OSError("it was replaced while it was in use")
         except (OSError, sqlite3.Error) as exc:
             remedy = "mend it, or move it away while no worker runs, or name another (NOTIFY_OUTBOX, outbox=)"
@@ -512,11 +514,14 @@ class _Outbox:
                 self.writer.wake()  # so that it tries again
             dead = list(self._dead_of(worker for (worker,) in self._adopt_db.execute(_OTHERS, (self._worker,))))
             untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
-            with suppress(sqlite3.OperationalError):  # the disk is full, or the others write: it has time
+            try:
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 while dead and untried < _MOST_ADOPTED and (claimed := self._claim(dead)):
                     untried += claimed
                 self._adopt_db.execute(_FORGET_KEYS, (time.time() - _DAY,))
+            except sqlite3.OperationalError as exc:
+                if getattr(exc, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:  # as while others write
+                    self._warn("what is left in the outbox has to wait", exc)
             if unsearched := [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]:
                 log.info("looking in the log for %d notifications that the dead left", len(unsearched))
                 delivered = find_delivered({entry.line[_ID] for entry in unsearched})
@@ -525,7 +530,7 @@ class _Outbox:
                     entry.due = 0.0
 
     def _dead_of(self, workers: Iterator[str]) -> Iterator[str]:
-        """Those of whom nobody holds the lock, which goes: no name is used twice, and so they stay dead."""
+        """Those whose lock nobody holds; the lock goes. No name is used twice, so who is dead stays dead."""
         # Who has a row has had its lock. Who has none may be about to take it, unless this process holds outbox.lock.
         for worker in workers:
             with suppress(sqlite3.Error, OSError):  # it lives, or this is no lock of ours
@@ -534,7 +539,7 @@ class _Outbox:
                 (self._folder / f"{worker}.lock").unlink()
 
     def _claim(self, dead: list[str]) -> int:
-        """Make ours what the dead left, or the first of it, as other workers' commits wait for the end; how many."""
+        """Make ours a batch of what the dead left, as other workers' commits wait meanwhile; how many these are."""
         with _transaction(self._adopt_db) as db:
             rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
         for line, seq in rows:
@@ -549,7 +554,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     while not db.in_transaction:
         try:
             db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as exc:  # SQLite's own pauses grow, and who waits longest would starve
+        except sqlite3.OperationalError as exc:  # SQLite's own pauses grow: who waits longest would starve
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
     with db:
@@ -562,12 +567,13 @@ def _connected(path: Path, script: str = "", wait: float = _LOCK_WAIT) -> Iterat
     with closing(sqlite3.connect(name, timeout=wait, isolation_level=None, check_same_thread=False)) as db:
         if path.is_absolute():
             path.chmod(0o600)  # only now: to open and close it ourselves would drop this process's locks on it
+        db.text_factory = partial(str, encoding="utf-8", errors="backslashreplace")  # one bad row shall not stop all
         db.executescript(script)
         yield db
 
 
 def _is_new(path: Path, wal: Path) -> bool:
-    """Whether nothing was ever in the database; makes its file. Or raises, and changes nothing, if it is no good."""
+    """Whether the database is still to be filled; makes its file. Raises, and changes nothing, if it is unusable."""
     size, changes = path.stat().st_size if path.exists() else 0, b""
     with suppress(FileNotFoundError):  # as it goes with the last who closes the database
         changes = wal.read_bytes()
@@ -577,9 +583,11 @@ def _is_new(path: Path, wal: Path) -> bool:
     if size < 512 or (any(changes) and not _is_wal_header(changes[:32].ljust(32))):
         raise OSError(f"{path.name} or its WAL is damaged")  # though SQLite would do without the WAL, and remove it
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable={not wal.exists():d}", uri=True)) as db:
-        [[verdict, application, tables]] = db.execute(_CHECK)
-    if verdict != "ok" or (application != _APPLICATION_ID and (application or tables)):
-        raise OSError("it is another program's" if verdict == "ok" else verdict)
+        [[verdict, tables]] = db.execute(_CHECK)
+        if verdict != "ok":
+            raise OSError(verdict)
+        if tables:
+            db.execute(_IS_OURS)
     return not tables  # as when the disk was full, or the process killed, while it was made
 
 
@@ -635,7 +643,7 @@ class _Relay:
             await self.catch_up()
 
     async def catch_up(self) -> None:
-        """With no lifespan, do what needs a clock after every answer, but for the OpenAPI document."""
+        """Without a lifespan, do what needs a clock, after every answer but the OpenAPI document."""
         while not self._lifespans and time.monotonic() >= self._next_step and len(self._in_relay) < self._most_in_hand:
             async with anyio.create_task_group() as tasks:
                 await self._adopt()
@@ -657,7 +665,11 @@ class _Relay:
                 self._lifespans.discard(clock)
                 clock.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
-                log.info("waiting at most %d s for the %d that the relay has in hand", _DRAIN, len(self._in_relay))
+                log.info(
+                    "waiting at most %d s for the %d notifications that the relay has in hand",
+                    _DRAIN,
+                    len(self._in_relay),
+                )
         with anyio.move_on_after(_FLUSH), suppress(OSError, RuntimeError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry(""))  # which syncs
@@ -713,7 +725,9 @@ class _Relay:
             self._fail([entry], exc)
             if in_hand is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
                 raise  # but not in a task of the relay's, as it would end all of them
-            if isinstance(exc, BaseExceptionGroup):  # of a nursery of trio's, which tells again if this task ends
+            if isinstance(
+                exc, BaseExceptionGroup
+            ):  # of a trio nursery: if this task is cancelled, it says so again here
                 await anyio.sleep(0)
         else:
             if not self._is_async:
@@ -726,7 +740,9 @@ class _Relay:
             try:
                 result = self._notify(_read_line(entry.line))
                 if isinstance(result, Awaitable | Generator | AsyncGenerator):
-                    raise TypeError("notify returned what nobody runs: make it a def, or an async def, that returns")
+                    raise TypeError(
+                        "notify returned a coroutine or generator, which nobody runs: make it a def or an async def"
+                    )
                 self._outbox.delete([entry])
             except BaseException as exc:
                 self._fail([entry], exc)
@@ -765,12 +781,12 @@ class _Relay:
 
 
 def _backoff(failing: float, first: float, longest: float, patience: float) -> float:
-    """Seconds until the next attempt: as many as it fails by now, so that pauses double; infinity: it is set aside."""
+    """Seconds until the next attempt: as long as it has failed so far, so that pauses double; inf: it is set aside."""
     return math.inf if failing >= patience else min(longest, first + failing) * random.uniform(0.75, 1)
 
 
 def _ends_task(error: BaseException) -> bool:
-    """Whether it is this task that ends, and not only something that the notifier did or waited for."""
+    """Whether this task is cancelled, and not only something that the notifier waited for."""
     cancelled = anyio.get_cancelled_exc_class()
     task = asyncio.current_task() if cancelled is asyncio.CancelledError else None  # trio's says enough
     return isinstance(error, cancelled) and (task is None or task.cancelling() > 0)
@@ -848,13 +864,13 @@ class _LogFile:
 
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
-        found, seen, looks = set[str](), set[int](), 0
+        found, seen, looks = set[str](), set[tuple[int, ...]](), 0
         while looks < 2:  # in a row that find no other file, as one may be renamed meanwhile
             looks += 1
             for path in _named_like(self._path) + _named_like(self._path.resolve()):  # as it may be a link
                 with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
-                    if (inode := os.fstat(file.fileno()).st_ino) not in seen:
-                        seen.add(inode)
+                    if (status := os.fstat(file.fileno()))[1:3] not in seen:  # its number and its disk's
+                        seen.add(status[1:3])
                         looks = 0
                         found.update(line[_ID] for line in file if line[_ID] in ids and line.endswith("\n"))
                         if self._fsync and os.name == "posix":  # as who wrote them may have died before

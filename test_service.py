@@ -1815,6 +1815,18 @@ async def test_a_write_that_fails_half_way_doubles_no_line_even_if_it_cannot_be_
     assert len(set(ids(log))) == len(ids(log)) == 10
 
 
+async def test_logs_of_one_number_on_two_file_systems_are_both_searched(left, log, outbox, monkeypatch):
+    fstat = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda file: os.stat_result((0, 1, fstat(file).st_ino, *fstat(file)[3:])))
+    paths = [log, log.with_name("log.txt.1")]
+    for id, path in zip(left, paths, strict=False):
+        path.write_text(A_LINE.format(id=id) + "\n")
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await soon(lambda: len(ids(log)) >= 2)
+        await settled(app)
+    assert sorted(n.id for path in paths for n in read(path)) == sorted(left)
+
+
 async def test_a_log_that_is_renamed_while_it_is_searched_is_found(left, log, outbox, monkeypatch):
     log.write_text("".join(A_LINE.format(id=id) + "\n" for id in left))
     path_open = Path.open
@@ -2077,6 +2089,14 @@ def cut_in_half_alone(outbox):
     cut_in_half(outbox)
 
 
+def changed(sql):
+    def damage(outbox):
+        with closing(sqlite3.connect(outbox / "outbox.db")) as db:
+            db.execute(sql)
+
+    return damage
+
+
 def anothers(outbox):
     for path in outbox.glob("outbox.db*"):
         path.unlink()
@@ -2094,6 +2114,8 @@ DAMAGES = {
     "emptied beside its log": rewritten("outbox.db", lambda data: b""),
     "scribbled over": rewritten("outbox.db", lambda data: data[:100] + b"\xaa" * (len(data) - 100)),
     "another program's database": anothers,
+    "a table that is gone": changed("DROP TABLE keys"),
+    "another column": changed("ALTER TABLE pending RENAME COLUMN line TO text"),
     "its log's first byte": inverted(0, 1),
     "its log's page size": inverted(8, 12),
     "its log's salt": inverted(16, 24),
@@ -2126,6 +2148,22 @@ async def test_a_damaged_outbox_is_refused_at_start_or_with_503_and_not_touched(
     assert answer.json()["status"] != "ok"
     assert contents(tmp_path) == before
     assert 1 <= sum(str(outbox) in warning for warning in warned) <= 3
+
+
+async def test_a_byte_that_is_no_utf8_harms_no_other_notification_that_was_left(left, log, outbox):
+    with closing(sqlite3.connect(outbox / "outbox.db")) as db, db:
+        db.execute("UPDATE pending SET line = CAST(CAST(line AS BLOB) || x'ff' AS TEXT) WHERE seq = 2")
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await soon(lambda: len(ids(log)) == 3)
+        await settled(app)
+    assert sorted((n.id, n.message) for n in read(log)) == sorted(zip(left, ["one", "two\xff", "three"], strict=True))
+
+
+async def test_what_the_look_for_the_dead_cannot_do_is_told(left, log, outbox, warned):
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await settled(app)
+        changed("DROP TABLE keys")(outbox)
+        await soon(lambda: any("has to wait" in warning and "no such table" in warning for warning in warned))
 
 
 async def test_health_tells_of_an_outbox_whose_path_is_not_unicode(tmp_path):
