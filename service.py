@@ -415,9 +415,7 @@ class _Outbox:
                     entry.replayed, entry.error, entry.failure = "", None, str(exc) or repr(exc)
                 self._warn("the outbox cannot be written, and answers are 503", exc)
                 if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
-                    with suppress(
-                        Exception
-                    ):  # over the failed one, which may be whole in the WAL, where a start would replay it
+                    with suppress(Exception):  # over the failed one: it may be whole in the WAL, for a start to replay
                         self._commit([_Entry("")])
 
     def _commit(self, new: list[_Entry]) -> None:
@@ -665,11 +663,7 @@ class _Relay:
                 self._lifespans.discard(clock)
                 clock.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
-                log.info(
-                    "waiting at most %d s for the %d notifications that the relay has in hand",
-                    _DRAIN,
-                    len(self._in_relay),
-                )
+                log.info("waiting at most %d s for %d notifications in hand", _DRAIN, len(self._in_relay))
         with anyio.move_on_after(_FLUSH), suppress(OSError, RuntimeError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry(""))  # which syncs
@@ -725,9 +719,7 @@ class _Relay:
             self._fail([entry], exc)
             if in_hand is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
                 raise  # but not in a task of the relay's, as it would end all of them
-            if isinstance(
-                exc, BaseExceptionGroup
-            ):  # of a trio nursery: if this task is cancelled, it says so again here
+            if isinstance(exc, BaseExceptionGroup):  # of a trio nursery: if this task is cancelled, it says so again
                 await anyio.sleep(0)
         else:
             if not self._is_async:
@@ -740,9 +732,7 @@ class _Relay:
             try:
                 result = self._notify(_read_line(entry.line))
                 if isinstance(result, Awaitable | Generator | AsyncGenerator):
-                    raise TypeError(
-                        "notify returned a coroutine or generator, which nobody runs: make it a def or an async def"
-                    )
+                    raise TypeError("notify returned what nobody runs: make it a def or an async def, with no yield")
                 self._outbox.delete([entry])
             except BaseException as exc:
                 self._fail([entry], exc)
