@@ -362,8 +362,8 @@ class _Outbox:
     """What is accepted and not yet delivered, in SQLite, and the thread that writes it down."""
 
     def __init__(self, folder: str | Path, max_pending: int, fsync: bool) -> None:
-        self._on_disk = str(folder) != ":memory:"
-        self._folder = Path(folder).absolute() if self._on_disk else Path(folder)
+        self._folder = Path(folder) if str(folder) == ":memory:" else Path(folder).absolute()
+        self._on_disk = self._folder.is_absolute()
         self._path = self._folder / "outbox.db"
         self._wal = Path(f"{self._path}-wal")
         self._pragmas = f"""
@@ -378,6 +378,7 @@ class _Outbox:
         self.pending: dict[int, _Entry] = {}  # what is ours and undelivered
         self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
         self._adopted: set[int] = set()  # what of it is not counted against max_pending
+        self.unsynced: list[_Entry] = []  # what is in the log, but perhaps not on the disk
         self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
         self._db: sqlite3.Connection | None = None
         self._lock = threading.RLock()  # held while it is opened, written or closed
@@ -391,8 +392,12 @@ class _Outbox:
         return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
 
     def take(self, entry: _Entry) -> bool:
-        """Whether the entry is the caller's to deliver: it is the first's who asks."""
-        return self.waiting.pop(entry.seq, None) is not None
+        """Whether the entry is the caller's to deliver: it is the first's who asks, but nobody's if it is set aside."""
+        if self.waiting.pop(entry.seq, None) is None:
+            return False
+        if entry.due == math.inf:  # only now, as others may have had it in hand until now
+            self.waiting[entry.seq] = entry
+        return entry.due != math.inf
 
     def settle(self, entries: list[_Entry]) -> None:
         """Count these as delivered; their rows stay."""
@@ -496,8 +501,8 @@ class _Outbox:
         with self.adopting, self._lock, _connected(self._folder / "outbox.lock", _LOCK):  # nobody starts meanwhile
             now = time.monotonic()
             old = [entry for entry in list(self.waiting.values()) if entry.since is not None or not entry.due > now]
-            left = {entry.seq: entry for entry in old if self.take(entry)}  # so that nobody else does meanwhile
-            if len(left) < len(self.pending) or self._undeleted or not self._on_disk:
+            left = {entry.seq: entry for entry in old if self.waiting.pop(entry.seq, None)}  # so that nobody takes it
+            if len(left) < len(self.pending) or self.unsynced or self._undeleted or not self._on_disk:
                 self.waiting |= left
                 return  # as it is in use: it stays open until the process ends
             self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
@@ -628,14 +633,15 @@ class _Relay:
         self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
         self._in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
         self._most_in_hand = max(500, threads)  # that each of the two may have; the others take little memory
-        self._unsynced: list[_Entry] = []  # to the log, but perhaps not to the disk
         self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
         with suppress(GeneratorExit):  # the notifier's, or this task is being closed, and may not wait again
             if self._lifespans and len(self._in_requests) >= self._most_in_hand:
-                entry.due = time.monotonic() + self._delay
+                if self._outbox.take(entry):
+                    entry.due = time.monotonic() + self._delay
+                    self._outbox.waiting[entry.seq] = entry
             else:
                 await self._attempt(entry, self._in_requests, self._delay)
             await self.catch_up()
@@ -681,7 +687,8 @@ class _Relay:
                 start_soon(self._adopt)  # beside what is due, as it may take long to search the log
                 self._step(start_soon)
                 await anyio.sleep(pause)
-                pause = _POLL if self._outbox.pending else min(2 * pause, 1)
+                is_busy = any(entry.due != math.inf for entry in list(self._outbox.pending.values()))
+                pause = _POLL if is_busy else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
         """Take over what the dead left, unless somebody is at it."""
@@ -746,17 +753,18 @@ class _Relay:
         except BaseException as exc:
             self._fail(new, exc, set_aside=exc.__context__ is not None)  # as some lines may have stayed
         else:
+            self._outbox.unsynced += new
             self._outbox.settle(new)
-            self._unsynced += new
         if new == entries and time.monotonic() < self._last_sync + _LINGER:
             self._group.wake()
             return  # to sync later: with the next lines, or when none come
-        unsynced, self._unsynced, self._last_sync = self._unsynced, [], time.monotonic()
+        self._last_sync = time.monotonic()
         try:
             self._file.sync()
-            self._outbox.delete(unsynced)
+            self._outbox.delete(self._outbox.unsynced)
         except OSError as exc:  # to sync again would prove nothing
-            self._fail(unsynced, exc, set_aside=True)
+            self._fail(self._outbox.unsynced, exc, set_aside=True)
+        self._outbox.unsynced.clear()
 
     def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
         """Have the entries wait for another attempt, or for the next start."""
@@ -767,7 +775,7 @@ class _Relay:
             self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry  # again, if it was settled
             if is_first or entry.due == math.inf:
                 fate = "waits for the next start" if entry.due == math.inf else "is tried again"
-                self._warn("notification %s failed, and %s", error, entry.line[_ID], fate)
+                self._warn(f"notification %s failed, and {fate}", error, entry.line[_ID])
 
 
 def _backoff(failing: float, first: float, longest: float, patience: float) -> float:
@@ -783,14 +791,15 @@ def _ends_task(error: BaseException) -> bool:
 
 
 class _Warnings:
-    """Warns, but only so many times a minute."""
+    """Warns, but of the same thing only so many times a minute."""
 
     def __init__(self, most: int) -> None:
-        self._recent = [-math.inf] * most  # times, the oldest first
+        self._never, self._recent = [-math.inf] * most, dict[str, list[float]]()  # times, the oldest first
 
     def __call__(self, message: str, error: BaseException, *args: object) -> None:
-        if self._recent[0] < time.monotonic() - 60:
-            self._recent = [*self._recent[1:], time.monotonic()]
+        recent = self._recent.get(message, self._never)
+        if recent[0] < time.monotonic() - 60:
+            self._recent[message] = [*recent[1:], time.monotonic()]
             with suppress(Exception):  # whatever the error does when it is printed, or who handles the record
                 log.warning(f"{message}: %.500r", *args, "".join(format_exception_only(error)).strip())
 
@@ -847,8 +856,10 @@ class _LogFile:
 
     def sync(self) -> None:
         """Have what was appended on the disk; raises OSError."""
-        while self._files:
-            with self._files.pop() as file:
+        with ExitStack() as opened:
+            files = [opened.enter_context(file) for file in self._files]
+            self._files = []
+            for file in files:
                 if self._fsync and file.readable():
                     os.fsync(file.fileno())
 
@@ -877,12 +888,12 @@ def _named_like(log: Path) -> list[Path]:
 
 def _cut_torn_line(file: io.FileIO) -> int:
     """Cut what a crash has left after the last whole line; where the file ends then."""
-    size = end = file.seek(0, os.SEEK_END)
-    newline = -1
-    while end and newline < 0:
+    end = size = file.seek(0, os.SEEK_END)
+    tail = b""
+    while end and b"\n" not in tail:
         end = file.seek(max(0, end - 4096))
-        newline = file.read(4096).rfind(b"\n")
-    end += newline + 1
+        tail = file.read(4096)
+    end += tail.rfind(b"\n") + 1
     if end < size:
         file.truncate(end)
     return end

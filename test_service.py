@@ -1177,13 +1177,19 @@ LEAVES = {  # how a log is no longer the file of its name, at any time
 }
 
 
-@cases("leave", LEAVES)
-@pytest.mark.parametrize("is_linux", [True, False], ids=["by its link", "by its number"])
-async def test_the_next_line_is_in_the_file_that_has_the_name_of_the_log(
-    tmp_path, outbox, monkeypatch, leave, is_linux
-):
-    if not is_linux:
+@pytest.fixture(params=["on Linux", "elsewhere"])
+def system(request, monkeypatch):
+    """Where an open file's link tells its name, and where there is none."""
+    if request.param == "elsewhere":
         monkeypatch.setattr(os, "readlink", lambda path: os.stat(f"{path} is not there"))
+
+
+linux_or_not = pytest.mark.usefixtures("system")
+
+
+@linux_or_not
+@cases("leave", LEAVES)
+async def test_the_next_line_is_in_the_file_that_has_the_name_of_the_log(tmp_path, outbox, leave):
     log = tmp_path / "logs" / "log.txt"
     log.parent.mkdir()
     app = create_app(log=log, outbox=outbox)
@@ -1727,23 +1733,88 @@ async def test_a_log_that_cannot_be_written_stops_nothing_and_heals_by_itself(
     assert sorted(n.id for n in read(log)) == sorted(answer.json()["id"] for answer in answers)
 
 
+def no_sync(file):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@linux_or_not
 async def test_what_a_log_could_not_sync_waits_for_the_next_start_renamed_or_not(log, outbox, monkeypatch):
     """A second fsync proves nothing of what the first one failed to write."""
-
-    def fails(file):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     async with lifespan(create_app(log=log, outbox=outbox)) as app:
         answers = [await post(app)]
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", fails)
+            patch.setattr(os, "fsync", no_sync)
             answers.append(await post(app))
             renamed = log.rename(log.with_name("log.txt.1"))
             answers.append(await post(app))
             await settled(app, failed=2)
+        answers.append(await post(app))
+        assert ids(log)[-1] == answers[-1].json()["id"]
     async with lifespan(create_app(log=log, outbox=outbox)) as app:
         await soon(lambda: rows(outbox) == 0)
     assert sorted(n.id for path in (log, renamed) for n in read(path)) == sorted(a.json()["id"] for a in answers)
+
+
+async def test_a_task_that_comes_when_its_line_is_set_aside_writes_no_second(log, outbox, monkeypatch):
+    may_end = anyio.Event()
+
+    async def slow_send(message):
+        if message["type"] == "http.response.body":
+            await may_end.wait()
+
+    monkeypatch.setattr(service, "_LATE", 0.1)  # seconds after which the relay delivers
+    monkeypatch.setattr(os, "fsync", no_sync)
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(drive, app, slow_send)
+            await settled(app, failed=1)
+            may_end.set()
+        await settled(app, failed=1)
+        assert len(ids(log)) == 1
+
+
+async def test_what_is_set_aside_is_told_however_soon_after_another_failure(log, outbox, monkeypatch, warned):
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        log.mkdir()
+        await post(app)
+        log.rmdir()
+        await settled(app)
+        monkeypatch.setattr(os, "fsync", no_sync)
+        await post(app)
+        await settled(app, failed=1)
+    assert [warning.partition(": ")[0].partition("and ")[2] for warning in warned] == [
+        "is tried again",
+        "waits for the next start",
+    ]
+
+
+async def test_what_is_set_aside_is_not_looked_at_all_the_time(log, outbox, monkeypatch):
+    step, steps = service._Relay._step, []
+    monkeypatch.setattr(service._Relay, "_step", lambda *how: steps.append(how) or step(*how))
+    monkeypatch.setattr(os, "fsync", no_sync)
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await post(app)
+        await settled(app, failed=1)
+        steps.clear()
+        await anyio.sleep(1.5)
+        assert 0 < len(steps) < 15  # of the 30 that there are as long as something is due
+
+
+async def test_an_outbox_is_not_closed_while_the_log_has_lines_to_sync(log, outbox, monkeypatch, caplog):
+    probe = service._Outbox.probe
+
+    async def post_and_probe(self):
+        monkeypatch.setattr(service._Outbox, "probe", probe)
+        await post(app)
+        return await self.probe()
+
+    caplog.set_level("INFO", "notify")
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        await post(app)
+        monkeypatch.setattr(service._Outbox, "probe", post_and_probe)
+    await soon(lambda: rows(outbox) == 0)
+    assert len(ids(log)) == 2
+    assert len([record for record in caplog.records if "opening" in record.message]) == 1
 
 
 async def test_a_line_is_synced_before_its_row_goes(log, outbox, monkeypatch):
