@@ -267,7 +267,7 @@ class _Group:
         self._handle, self._max_threads = handle, max_threads
         self.gathered: list[tuple[_Entry, Any, Any]] = []  # each with who waits for it, and how threads call its loop
         self._changed = threading.Condition()
-        self._threads, self._woken = 0, False
+        self._threads, self._idle, self._woken = 0, 0, False
 
     async def run(self, entry: _Entry) -> None:
         """Return when the entry was handled."""
@@ -293,7 +293,7 @@ class _Group:
         with self._changed:
             self._woken = True
             self._changed.notify()
-            if self._threads < max(1, self._max_threads):
+            if self._threads < max(1, self._max_threads) and self._idle < max(1, len(self.gathered)):
                 with suppress(RuntimeError, MemoryError):
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
                     self._threads += 1
@@ -302,7 +302,10 @@ class _Group:
     def _work(self) -> None:
         while True:
             with self._changed:
-                if not self._changed.wait_for(lambda: self.gathered, _LINGER) and not self._woken:
+                self._idle += 1
+                came = self._changed.wait_for(lambda: self.gathered, _LINGER)
+                self._idle -= 1
+                if not came and not self._woken:
                     self._threads -= 1
                     return
                 self._woken = False

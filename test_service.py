@@ -1597,6 +1597,17 @@ async def test_what_fails_is_tried_again_though_600_others_do_not_return(folder)
         gate.set()
 
 
+async def test_a_thread_that_waits_takes_the_next_notification_and_no_other_is_started(sent, monkeypatch):
+    monkeypatch.setattr(service, "_LINGER", 1.0)  # seconds that it waits, even on a slow machine
+    start, names = threading.Thread.start, []
+    monkeypatch.setattr(threading.Thread, "start", lambda self: names.append(self.name) or start(self))
+    app = create_app(sent.append, outbox=":memory:")
+    for _ in range(20):
+        await post(app)
+    assert names.count("notify") == 2  # one writes the outbox
+    assert len(sent) == 20
+
+
 @together()
 async def test_a_task_that_comes_when_the_relay_has_delivered_does_nothing(folder):
     """Not even with the notification that came next, and of which it might have the number."""
