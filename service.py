@@ -80,7 +80,7 @@ def _environment() -> dict[str, Any]:
     for name, (read, *_) in _SETTINGS.items():
         with suppress(KeyError, ValueError):
             settings[name] = os.environ[f"NOTIFY_{name.upper()}"]
-            settings[name] = read(settings[name])  # or it stays a text, which is refused
+            settings[name] = read(settings[name])  # if this fails it stays a text, which is refused
     return settings
 
 
@@ -103,14 +103,14 @@ class Notification:
 class _Entry:
     """A notification on its way."""
 
-    line: str  # at first without time and id; "": it is none, and only asks that what was put off is done
+    line: str  # at first without time and id; "": no notification, but a request to do what was put off
     key: str | None = None
-    seq: int = 0  # in the outbox; 0: it is not there
-    replayed: str = ""  # the id of an earlier one with its key
-    error: HTTPException | None = None  # why it is not kept; None, too, when the outbox cannot be written
+    seq: int = 0  # its number in the outbox; 0: it is not there
+    replayed: str = ""  # the id that its key was given first
+    error: HTTPException | None = None  # the refusal; None, too, when the outbox cannot be written
     failure: str = ""  # why the outbox cannot be written, for who asks
     since: float | None = None  # when it failed first, on the monotonic clock
-    due: float = 0.0  # when it is the relay's to deliver; inf: it is set aside; nan: not yet looked for in the log
+    due: float = 0.0  # when the relay may deliver it; inf: it is set aside; nan: not yet looked for in the log
 
 
 def _text_of(email: str, message: str) -> str:
@@ -121,7 +121,7 @@ def _text_of(email: str, message: str) -> str:
 
 
 def _stamp(entries: list[_Entry]) -> None:
-    """Add the time and an id. The system is asked for them once for all: to ask lets other threads take over."""
+    """Put the time and an id first. Both are asked for once for all, as each call lets other threads take over."""
     accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6]
     ids = secrets.token_hex(16 * len(entries))
     for i, entry in enumerate(entries):
@@ -135,7 +135,7 @@ def _read_line(line: str) -> Notification:
 
 
 def _digest(line: str) -> str:
-    """Tells whether what came with an idempotency key is the same."""
+    """What a repeated idempotency key must come with, too."""
     n = _read_line(line)
     return hashlib.sha256(f"{n.email}\n{n.message}".encode()).hexdigest()
 
@@ -242,14 +242,14 @@ def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
 # ------------------------------------------------------------------------------------------------ group commit
 #
 # Goals: the event loop waits for no disk and no notifier. No hop between threads, no commit and no wake-up for each
-# notification, but one for all that gathered. Nothing belongs to one event loop, as one app may serve several.
+# notification, but one for all that is queued. Nothing belongs to one event loop, as one app may serve several.
 #
-# Plan: `run` adds the entry to what gathers, and waits. When the loop has done its next turn, a thread takes all of it,
-# handles it, and has each loop wake who waits there. What comes meanwhile gathers for the next time, so that there is
-# more of it under more load. A thread to which nothing comes for a while ends; one that is woken for nothing handles an
-# empty list first, which is the time for what was put off. What was added is handled, come what may.
+# Plan: `run` queues an entry and waits until it is handled. After the loop's next turn a thread takes all that is
+# queued, handles it, and has each loop wake those who wait, with one call. What comes meanwhile is the next batch, so
+# that batches grow with the load. A thread that gets nothing for a while ends; if it was woken meanwhile, it first
+# handles an empty list, for what was put off. Every queued entry is handled, even if nobody waits for it any more.
 
-_LINGER = 0.05  # seconds that a thread waits for more, and that what is put off waits for company
+_LINGER = 0.05  # seconds that a thread waits for entries, and that what is put off waits for company
 
 
 def _wake_all(waiters: list[Any]) -> None:
@@ -261,11 +261,11 @@ def _wake_all(waiters: list[Any]) -> None:
 
 
 class _Group:
-    """One thread that handles all that gathered; or up to max_threads, of which each handles one entry at a time."""
+    """One thread that handles all that is queued; or up to max_threads, of which each handles one entry at a time."""
 
     def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
         self._handle, self._max_threads = handle, max_threads
-        self.gathered: list[tuple[_Entry, Any, Any]] = []  # each with who waits for it, and how threads call its loop
+        self.queued: list[tuple[_Entry, Any, Any]] = []  # each with who waits for it, and how threads call its loop
         self._changed = threading.Condition()
         self._threads, self._idle, self._woken = 0, 0, False
 
@@ -281,19 +281,19 @@ class _Group:
             loop, waiter = current_token().native_token, anyio.Event()
             at_end_of_turn = call_soon = loop.run_sync_soon
         with self._changed:
-            if self._threads and (self._max_threads or not self.gathered or self.gathered[-1][2] != call_soon):
+            if self._threads and (self._max_threads or not self.queued or self.queued[-1][2] != call_soon):
                 at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
-            self.gathered.append((entry, waiter, call_soon))
-        while not (self._threads or self.wake()):  # as none can be had now
+            self.queued.append((entry, waiter, call_soon))
+        while not (self._threads or self.wake()):  # no thread can be had now
             await anyio.sleep(_LINGER)
         await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
 
     def wake(self) -> bool:
-        """Have a thread look for entries, and if there are none, for what was put off; False: none can be had."""
+        """Have a thread handle what is queued, or if that is nothing, what was put off; False: no thread can be had."""
         with self._changed:
             self._woken = True
             self._changed.notify()
-            if self._threads < max(1, self._max_threads) and self._idle < max(1, len(self.gathered)):
+            if self._threads < max(1, self._max_threads) and self._idle < max(1, len(self.queued)):
                 with suppress(RuntimeError, MemoryError):
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
                     self._threads += 1
@@ -303,14 +303,14 @@ class _Group:
         while True:
             with self._changed:
                 self._idle += 1
-                came = self._changed.wait_for(lambda: self.gathered, _LINGER)
+                came = self._changed.wait_for(lambda: self.queued, _LINGER)
                 self._idle -= 1
                 if not came and not self._woken:
                     self._threads -= 1
                     return
                 self._woken = False
-                taken = self.gathered[: 1 if self._max_threads else None]
-                del self.gathered[: len(taken)]
+                taken = self.queued[: 1 if self._max_threads else None]
+                del self.queued[: len(taken)]
             try:
                 self._handle([entry for entry, _, _ in taken])
             except BaseException:
@@ -351,14 +351,14 @@ _FORGET_KEYS = "DELETE FROM keys WHERE key IN (SELECT key FROM keys WHERE at < ?
 _KEEP_KEY = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?)"
 _FIND_KEY = "SELECT id, digest FROM keys WHERE key = ? AND at >= ?"
 
-# Locks are SQLite's own, as these die with their process: one is held until it is closed, one by transactions.
+# Locks are SQLite's own, which die with their process: _LOCK is held until it is closed, _LOG_LOCK by transactions.
 _LOCK = "PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE"  # on an empty file, where there is nothing to roll back
 _LOG_LOCK = "CREATE TABLE IF NOT EXISTS filler (filler)"  # as to commit in an empty file would need room on the disk
 
 _DAY = 24 * 60 * 60.0  # seconds
 _BUSY_WAIT, _LOCK_WAIT = 2.0, 10.0  # seconds to wait for another worker's commit, and for its start or its lines
-_LATE = 2.0  # seconds after which a request's task is taken for lost
-_MOST_ADOPTED = 20_000  # notifications that were taken over and not yet tried; past it, the others have to wait
+_LATE = 2.0  # seconds that the relay leaves an entry to its request's task
+_MOST_ADOPTED = 20_000  # that were adopted and not yet tried; past it, the others wait with the dead
 
 
 class _Outbox:
@@ -378,17 +378,17 @@ class _Outbox:
         """
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write), _Warnings(1)
-        self.pending: dict[int, _Entry] = {}  # what is ours and undelivered
-        self.waiting: dict[int, _Entry] = {}  # what of it nobody has in hand
-        self._adopted: set[int] = set()  # what of it is not counted against max_pending
+        self.pending: dict[int, _Entry] = {}  # those that are ours and not delivered
+        self.waiting: dict[int, _Entry] = {}  # those of them that nobody has in hand
+        self._adopted: set[int] = set()  # those of them that max_pending does not count
         self.unsynced: list[_Entry] = []  # what is in the log, but perhaps not on the disk
-        self._undeleted: list[int] = []  # what is delivered, and has a row until the next commit
+        self._undeleted: list[int] = []  # what is delivered; the rows go with the next commit
         self._db: sqlite3.Connection | None = None
         self._lock = threading.RLock()  # held while it is opened, written or closed
-        self.adopting = threading.Lock()  # held by who does so, and by close
+        self.adopting = threading.Lock()  # held by adopt and by close
 
     async def probe(self) -> tuple[str, int, int]:
-        """Why the outbox cannot be written, or ""; how many are pending; of how many the last attempt failed."""
+        """Why it cannot be written, or ""; how many are pending (not set aside); how many of all failed last time."""
         entry = _Entry("")
         await self.writer.run(entry)  # and so what was put before it is written first
         ours = list(self.pending.values())
@@ -465,7 +465,7 @@ class _Outbox:
                 if entry.key:
                     db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], _digest(entry.line), now))
         if any(entry.key for entry in fresh):
-            db.execute(_FORGET_KEYS, (now - _DAY,))  # here too, as in memory adopt has a database of its own
+            db.execute(_FORGET_KEYS, (now - _DAY,))  # as adopt does; but in memory that has another database
         return fresh
 
     def open(self) -> sqlite3.Connection:
@@ -493,14 +493,14 @@ class _Outbox:
             script = self._pragmas + (_SCHEMA if not self._on_disk or _is_new(self._path, self._wal) else "")
             db, self._adopt_db = (opened.enter_context(_connected(self._path, script)) for _ in range(2))
             self._inode = self._path.stat().st_ino if self._on_disk else 0
-            list(self._dead_of(path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")))  # to remove theirs
+            list(self._dead_of(path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")))  # removes theirs
             self._worker = secrets.token_hex(8)
             opened.enter_context(_connected(self._folder / f"{self._worker}.lock", _LOCK))
             self._opened = opened.pop_all()  # what is closed with it
             return db
 
     def close(self) -> None:
-        """Let go of the outbox, and leave what waits to whoever looks next."""
+        """Close it, unless something is in hand; its rows stay for who adopts them."""
         with self.adopting, self._lock, _connected(self._folder / "outbox.lock", _LOCK):  # nobody starts meanwhile
             now = time.monotonic()
             old = [entry for entry in list(self.waiting.values()) if entry.since is not None or not entry.due > now]
@@ -513,7 +513,7 @@ class _Outbox:
             (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
 
     def adopt(self, find_delivered: Callable[[set[str]], set[str]]) -> None:
-        """Take over what the dead left; waits for the disk, and as long as it takes to search the log."""
+        """Make ours what the dead left, less what the log has; waits for the disk, and for the search of the log."""
         with self.adopting:
             self.open()
             if self._undeleted:
@@ -536,8 +536,8 @@ class _Outbox:
                     entry.due = 0.0
 
     def _dead_of(self, workers: Iterator[str]) -> Iterator[str]:
-        """Those whose lock nobody holds; the lock goes. No name is used twice, so who is dead stays dead."""
-        # Who has a row has had its lock. Who has none may be about to take it, unless this process holds outbox.lock.
+        """Those whose lock nobody holds; the lock is removed. No name is used twice: the dead stay dead."""
+        # A worker locks before its first row. One without rows may be about to lock, unless we hold outbox.lock.
         for worker in workers:
             with suppress(sqlite3.Error, OSError):  # it lives, or this is no lock of ours
                 with _connected(self._folder / f"{worker}.lock", _LOCK, wait=0):
@@ -633,9 +633,9 @@ class _Relay:
         self._group = _Group(self._call, threads) if own else _Group(self._append)
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
-        self._lifespans: set[anyio.CancelScope] = set()  # of each that runs, its clock
+        self._lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
         self._in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
-        self._most_in_hand = max(500, threads)  # that each of the two may have; the others take little memory
+        self._most_in_hand = max(500, threads)  # in each of the two; the rest waits in the outbox, with little memory
         self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
 
     async def deliver(self, entry: _Entry) -> None:
@@ -686,15 +686,15 @@ class _Relay:
     async def _keep_time(self, clock: anyio.CancelScope, start_soon: Callable[..., object]) -> None:
         pause = _POLL
         with clock:
-            while clock in self._lifespans:  # a sleep that is over when it is cancelled just ends
-                start_soon(self._adopt)  # beside what is due, as it may take long to search the log
+            while clock in self._lifespans:  # as a sleep that is over swallows the cancellation
+                start_soon(self._adopt)  # beside the rest, as it may take long to search the log
                 self._step(start_soon)
                 await anyio.sleep(pause)
                 is_busy = any(entry.due != math.inf for entry in list(self._outbox.pending.values()))
                 pause = _POLL if is_busy else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
-        """Take over what the dead left, unless somebody is at it."""
+        """Every _LOOK seconds take over what the dead left, unless somebody is at it."""
         if time.monotonic() >= self._next_look and not self._outbox.adopting.locked():
             self._next_look = time.monotonic() + _LOOK
             try:
@@ -703,9 +703,9 @@ class _Relay:
                 self._warn("what is left in the outbox has to wait", exc)
 
     def _step(self, start_soon: Callable[..., object]) -> None:
-        """Start to deliver what is due."""
+        """Start to deliver what is due, as far as there is room."""
         for group in (self._outbox.writer, self._group):
-            if group.gathered:  # as no thread could be had, and who waited was cancelled
+            if group.queued:  # as no thread could be had, and who waited was cancelled
                 group.wake()
         now = time.monotonic()
         due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
@@ -728,7 +728,7 @@ class _Relay:
         except BaseException as exc:
             self._fail([entry], exc)
             if in_hand is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
-                raise  # but not in a task of the relay's, as it would end all of them
+                raise  # but not in a task of the relay's: it would end all others
             if isinstance(exc, BaseExceptionGroup):  # of a trio nursery: if this task is cancelled, it says so again
                 await anyio.sleep(0)
         else:
@@ -748,7 +748,7 @@ class _Relay:
                 self._fail([entry], exc)
 
     def _append(self, entries: list[_Entry]) -> None:
-        """Append what is new. What was appended is deleted when it is on the disk, which takes one sync for many."""
+        """Append what is new; sync at most once per _LINGER, or when asked to, and only then delete the rows."""
         new = [entry for entry in entries if entry.line]
         try:
             if new:
@@ -770,7 +770,7 @@ class _Relay:
         self._outbox.unsynced.clear()
 
     def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
-        """Have the entries wait for another attempt, or for the next start."""
+        """Have the entries wait for another attempt, or if they are set aside, for the next start."""
         now = time.monotonic()
         for entry in entries:
             is_first, entry.since = entry.since is None, entry.since or now
@@ -808,7 +808,7 @@ class _Warnings:
 
 
 async def _in_thread(function: Callable[..., object], *args: object) -> None:
-    await anyio.to_thread.run_sync(function, *args, limiter=anyio.CapacityLimiter(1))  # not one of the host's
+    await anyio.to_thread.run_sync(function, *args, limiter=anyio.CapacityLimiter(1))  # of its own, not the host's
 
 
 # ---------------------------------------------------------------------------------------------------- log file
@@ -823,9 +823,9 @@ class _LogFile:
         self._place: str | int = ""  # of the last of them, as the system tells it
 
     def append(self, lines: list[str]) -> None:
-        """Append all lines, or raise and append none; an error with a context: some may stay, as to cut them failed."""
+        """Append all lines, or raise and append none; if the error has a context, the cut failed, and some may stay."""
         data = "\n".join([*lines, ""]).encode()
-        with _transaction(self._outbox.log_lock):  # which keeps the lines of all its workers apart
+        with _transaction(self._outbox.log_lock):  # so that one worker writes at a time
             file = self._open()
             end = _cut_torn_line(file) if file.readable() else None
             if end == 0:
@@ -869,7 +869,7 @@ class _LogFile:
     def find(self, ids: set[str]) -> set[str]:
         """Which of the ids have a whole line, here or in a file that this one was renamed to."""
         found, seen, looks = set[str](), set[tuple[int, ...]](), 0
-        while looks < 2:  # in a row that find no other file, as one may be renamed meanwhile
+        while looks < 2:  # in a row with no new file, as one may be renamed meanwhile
             looks += 1
             for path in _named_like(self._path) + _named_like(self._path.resolve()):  # as it may be a link
                 with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
