@@ -274,16 +274,16 @@ class _Group:
         try:
             loop: Any = asyncio.get_running_loop()
             waiter: Any = loop.create_future()
-            at_end_of_turn, call_soon = loop.call_soon, loop.call_soon_threadsafe
+            call_soon, call_threadsafe = loop.call_soon, loop.call_soon_threadsafe
         except RuntimeError:
             from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
 
             loop, waiter = current_token().native_token, anyio.Event()
-            at_end_of_turn = call_soon = loop.run_sync_soon
+            call_soon = call_threadsafe = loop.run_sync_soon
         with self._changed:
-            if self._threads and (self._max_threads or not self.queued or self.queued[-1][2] != call_soon):
-                at_end_of_turn(at_end_of_turn, self.wake)  # of the next turn
-            self.queued.append((entry, waiter, call_soon))
+            if self._threads and (self._max_threads or not self.queued or self.queued[-1][2] != call_threadsafe):
+                call_soon(call_soon, self.wake)  # at the end of the next turn; once for many of one loop
+            self.queued.append((entry, waiter, call_threadsafe))
         while not (self._threads or self.wake()):  # no thread can be had now
             await anyio.sleep(_LINGER)
         await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
@@ -316,9 +316,9 @@ class _Group:
             except BaseException:
                 with suppress(Exception):
                     log.exception("this should not happen: please report it as a bug of the service")
-            for call_soon in {call_soon for _, _, call_soon in taken}:
+            for call_threadsafe in {call_threadsafe for _, _, call_threadsafe in taken}:
                 with suppress(Exception):  # the loop is closed, and nobody waits
-                    call_soon(_wake_all, [waiter for _, waiter, its_own in taken if its_own == call_soon])
+                    call_threadsafe(_wake_all, [waiter for _, waiter, theirs in taken if theirs == call_threadsafe])
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
@@ -507,7 +507,7 @@ class _Outbox:
             left = {entry.seq: entry for entry in old if self.waiting.pop(entry.seq, None)}  # so that nobody takes it
             if len(left) < len(self.pending) or self.unsynced or self._undeleted or not self._on_disk:
                 self.waiting |= left
-                return  # as it is in use: it stays open until the process ends
+                return  # as it is in use, or in memory: it stays open until the process ends
             self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
             self._opened.close()
             (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
