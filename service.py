@@ -33,6 +33,7 @@ import sqlite3
 import struct
 import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -496,7 +497,8 @@ class _Outbox:
             list(self._dead_of(path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")))  # removes theirs
             self._worker = secrets.token_hex(8)
             opened.enter_context(_connected(self._folder / f"{self._worker}.lock", _LOCK))
-            self._opened = opened.pop_all()  # what is closed with it
+            self._opened = opened.pop_all()  # what is closed with it, or when the app is dropped
+            weakref.finalize(self, self._opened.close).atexit = False
             return db
 
     def close(self) -> None:

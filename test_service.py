@@ -1201,6 +1201,32 @@ async def test_the_next_line_is_in_the_file_that_has_the_name_of_the_log(tmp_pat
     assert all(ids(path) == before for path in tmp_path.rglob("log.txt*") if path != log)
 
 
+async def test_what_an_app_with_no_lifespan_has_opened_is_closed_with_it(log, outbox, monkeypatch):
+    """Python 3.13 and later warn of each connection that is only left to the garbage collector."""
+    connect, left = sqlite3.connect, []
+
+    class Connection(sqlite3.Connection):
+        is_open = True
+
+        def close(self):
+            self.is_open = False
+            super().close()
+
+        def __del__(self):
+            if self.is_open:
+                left.append(self)
+
+    def closed():
+        gc.collect()
+        return not [fd for fd in Path("/proc/self/fd").iterdir() if str(outbox) in os.path.realpath(fd)]
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(connect, factory=Connection))
+    for _ in range(3):
+        await post(create_app(log=log, outbox=outbox))
+    await soon(closed)
+    assert left == []
+
+
 async def test_apps_on_different_outboxes_share_nothing(tmp_path, sent):
     gate = Gate()
     first = create_app(gate, outbox=tmp_path / "one", max_pending=1, concurrency=1)
