@@ -341,7 +341,7 @@ COMMIT;
 PRAGMA wal_checkpoint(TRUNCATE);  -- so that damage to the file shows
 """
 _CHECK = "SELECT * FROM pragma_quick_check, (SELECT count(*) FROM sqlite_schema) LIMIT 1"
-_IS_OURS = "SELECT seq, worker, line, key, id, digest, at, filler FROM pending, keys, probe"  # or it is an error
+_IS_OURS = "SELECT seq, worker, line, key, id, digest, at, filler FROM pending, keys, probe LIMIT 0"  # or an error
 # One statement for many rows, as with each the thread gives up the interpreter, and has to get it back.
 _INSERT = "INSERT INTO pending (worker, line) SELECT ?, value FROM json_each(?)"
 _DELETE = "DELETE FROM pending WHERE seq IN (SELECT value FROM json_each(?))"
@@ -497,8 +497,8 @@ class _Outbox:
             list(self._dead_of(path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")))  # removes theirs
             self._worker = secrets.token_hex(8)
             opened.enter_context(_connected(self._folder / f"{self._worker}.lock", _LOCK))
-            self._opened = opened.pop_all()  # what is closed with it, or when the app is dropped
-            weakref.finalize(self, self._opened.close).atexit = False
+            self._let_go = weakref.finalize(self, opened.pop_all().close)  # called by close, or when the app is dropped
+            self._let_go.atexit = False  # as threads may be at work then
             return db
 
     def close(self) -> None:
@@ -511,7 +511,7 @@ class _Outbox:
                 self.waiting |= left
                 return  # as it is in use, or in memory: it stays open until the process ends
             self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
-            self._opened.close()
+            self._let_go()
             (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
 
     def adopt(self, find_delivered: Callable[[set[str]], set[str]]) -> None:

@@ -1228,6 +1228,22 @@ async def test_what_an_app_with_no_lifespan_has_opened_is_closed_with_it(log, ou
     assert left == []
 
 
+async def test_a_log_that_is_open_is_not_asked_for_its_times(log, outbox, monkeypatch):
+    """Its next write would have every sync of any file write one block more."""
+    box = service._Outbox(outbox, max_pending=1, fsync=True)
+    box.open()
+    file = service._LogFile(log, True, box)
+    file.append(["one"])
+    stat, fstat, asked = os.stat, os.fstat, []
+    monkeypatch.setattr(os, "stat", lambda path, **how: asked.append(str(path)) or stat(path, **how))
+    monkeypatch.setattr(os, "fstat", lambda file: asked.append(os.readlink(f"/proc/self/fd/{file}")) or fstat(file))
+    file.append(["two"])
+    monkeypatch.undo()
+    file.sync()
+    assert str(log) not in asked
+    assert log.read_text() == "one\ntwo\n"
+
+
 async def test_apps_on_different_outboxes_share_nothing(tmp_path, sent):
     gate = Gate()
     first = create_app(gate, outbox=tmp_path / "one", max_pending=1, concurrency=1)

@@ -800,6 +800,21 @@ def test_a_webhook_reads_no_certificates_for_each_notification(monkeypatch):
     assert len(loads) == 1
 
 
+def test_a_mail_server_and_a_broker_that_never_say_a_word_are_failures_and_no_threads_for_ever(tmp_path, monkeypatch):
+    with ExitStack() as servers:
+        silent = servers.enter_context(socket.create_server(("127.0.0.1", 0)))
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("SMTP_SERVER", f"127.0.0.1:{port}")
+        monkeypatch.setenv("CELERY_BROKER_URL", f"redis://127.0.0.1:{port}/0")
+        started = []
+        for name, source in {"smtp": block("smtp"), "celery": block("celery", "python celery")}.items():
+            (tmp_path / name).mkdir()
+            started.append(servers.enter_context(hosted(tmp_path / name, source)))
+            post(started[-1], "unheard")
+        for server in started:
+            eventually(lambda server=server: server.http.get("/health").json()["failed"] == 1)
+
+
 def test_celery_gets_each_notification_however_long_its_broker_is_down(tmp_path, monkeypatch):
     path = str(tmp_path / "redis.sock")
     redis = ["redis-server", "--port", "0", "--unixsocket", path, "--save", ""]
