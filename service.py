@@ -159,10 +159,14 @@ _DETAILS = {  # of what the framework raises
 
 
 class _Accepted(JSONResponse):
-    """The 202: most of it is the same for all, and an id needs no escapes."""
+    """The 202, made in one step, as all of it but the id is known."""
 
-    def render(self, content: Any) -> bytes:
-        return b'{"id":"%b","message":"Notification sent in the background"}' % content.encode()
+    def __init__(self, id: str, replayed: bool, background: BackgroundTask) -> None:
+        self.status_code, self.background = 202, background
+        self.body = b'{"id":"%b","message":"Notification sent in the background"}' % id.encode()
+        self.raw_headers = [(b"content-length", b"%d" % len(self.body)), (b"content-type", b"application/json")]
+        if replayed:
+            self.raw_headers.append((b"idempotent-replayed", b"true"))
 
 
 class _Api:
@@ -186,9 +190,9 @@ class _Api:
         await self._outbox.writer.run(entry)
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
-        replayed = {"Idempotent-Replayed": "true"} if entry.replayed else None  # and there is nothing to deliver
-        delivery = BackgroundTask(self._relay.deliver, entry)
-        await _Accepted(entry.replayed or entry.line[_ID], 202, replayed, background=delivery)(scope, receive, send)
+        delivery = BackgroundTask(self._relay.deliver, entry)  # of nothing, if it is replayed
+        response = _Accepted(entry.replayed or entry.line[_ID], bool(entry.replayed), delivery)
+        await response(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
@@ -251,6 +255,7 @@ def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
 # handles an empty list, for what was put off. Every queued entry is handled, even if nobody waits for it any more.
 
 _LINGER = 0.05  # seconds that a thread waits for entries, and that what is put off waits for company
+_PAUSE = 0.002  # seconds between two batches of lines, which nobody's answer waits for
 
 
 def _wake_all(waiters: list[Any]) -> None:
@@ -264,10 +269,11 @@ def _wake_all(waiters: list[Any]) -> None:
 class _Group:
     """One thread that handles all that is queued; or up to max_threads, of which each handles one entry at a time."""
 
-    def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0) -> None:
-        self._handle, self._max_threads = handle, max_threads
+    def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0, pause: float = 0.0) -> None:
+        self._handle, self._max_threads, self._pause = handle, max_threads, pause
         self.queued: list[tuple[_Entry, Any, Any]] = []  # each with who waits for it, and how threads call its loop
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._threads, self._idle, self._woken = 0, 0, False
 
     async def run(self, entry: _Entry) -> None:
@@ -281,7 +287,7 @@ class _Group:
 
             loop, waiter = current_token().native_token, anyio.Event()
             call_soon = call_threadsafe = loop.run_sync_soon
-        with self._changed:
+        with self._lock:
             if self._threads and (self._max_threads or not self.queued or self.queued[-1][2] != call_threadsafe):
                 call_soon(call_soon, self.wake)  # at the end of the next turn; once for many of one loop
             self.queued.append((entry, waiter, call_threadsafe))
@@ -320,6 +326,8 @@ class _Group:
             for call_threadsafe in {call_threadsafe for _, _, call_threadsafe in taken}:
                 with suppress(Exception):  # the loop is closed, and nobody waits
                     call_threadsafe(_wake_all, [waiter for _, waiter, theirs in taken if theirs == call_threadsafe])
+            if self._pause:
+                time.sleep(self._pause)  # the next batch gathers
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
@@ -442,8 +450,9 @@ class _Outbox:
             if probed:
                 db.execute(_PROBE)
         del self._undeleted[: len(undeleted)]
+        late = time.monotonic() + _LATE
         for seq, entry in enumerate(fresh, last - len(fresh) + 1):
-            entry.seq, entry.due = seq, time.monotonic() + _LATE
+            entry.seq, entry.due = seq, late
             self.pending[seq] = self.waiting[seq] = entry
         if probed:
             with suppress(sqlite3.Error):
@@ -632,7 +641,7 @@ class _Relay:
         own = notify is not None
         self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
-        self._group = _Group(self._call, threads) if own else _Group(self._append)
+        self._group = _Group(self._call, threads) if own else _Group(self._append, pause=_PAUSE)
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
         self._lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
@@ -642,14 +651,16 @@ class _Relay:
 
     async def deliver(self, entry: _Entry) -> None:
         """A request's background task; raises nothing but its own cancellation."""
-        with suppress(GeneratorExit):  # the notifier's, or this task is being closed, and may not wait again
-            if self._lifespans and len(self._in_requests) >= self._most_in_hand:
-                if self._outbox.take(entry):
-                    entry.due = time.monotonic() + self._delay
-                    self._outbox.waiting[entry.seq] = entry
-            else:
+        try:
+            if not self._lifespans or len(self._in_requests) < self._most_in_hand:
                 await self._attempt(entry, self._in_requests, self._delay)
-            await self.catch_up()
+            elif self._outbox.take(entry):
+                entry.due = time.monotonic() + self._delay
+                self._outbox.waiting[entry.seq] = entry
+            if not self._lifespans:
+                await self.catch_up()
+        except GeneratorExit:  # the notifier's, or this task is being closed, and may not wait again
+            return
 
     async def catch_up(self) -> None:
         """Without a lifespan, do what needs a clock, after every answer but the OpenAPI document."""
