@@ -565,8 +565,7 @@ class _Outbox:
         return len(rows)
 
 
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+def _transaction(db: sqlite3.Connection) -> sqlite3.Connection:
     deadline = time.monotonic() + _BUSY_WAIT
     while not db.in_transaction:
         try:
@@ -574,8 +573,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         except sqlite3.OperationalError as exc:  # SQLite's own pauses grow: who waits longest would starve
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
-    with db:
-        yield db
+    return db  # which ends it, as what follows "with"
 
 
 @contextmanager
