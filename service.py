@@ -38,7 +38,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from traceback import format_exception_only
 from typing import Any
@@ -582,7 +581,7 @@ def _connected(path: Path, script: str = "", wait: float = _LOCK_WAIT) -> Iterat
     with closing(sqlite3.connect(name, timeout=wait, isolation_level=None, check_same_thread=False)) as db:
         if path.is_absolute():
             path.chmod(0o600)  # only now: to open and close it ourselves would drop this process's locks on it
-        db.text_factory = partial(str, encoding="utf-8", errors="backslashreplace")  # one bad row shall not stop all
+        db.text_factory = lambda text: text.decode(errors="backslashreplace")  # one bad row shall not stop all
         db.executescript(script)
         yield db
 
