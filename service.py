@@ -869,10 +869,8 @@ class _LogFile:
 
     def sync(self) -> None:
         """Have what was appended on the disk; raises OSError."""
-        with ExitStack() as opened:
-            files = [opened.enter_context(file) for file in self._files]
-            self._files = []
-            for file in files:
+        while self._files:
+            with self._files.pop(0) as file:  # the oldest: if this fails, the log is still the last of them
                 if self._fsync and file.readable():
                     os.fsync(file.fileno())
 
