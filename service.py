@@ -105,6 +105,7 @@ class _Entry:
 
     line: str  # at first without time and id; "": no notification, but a request to do what was put off
     key: str | None = None
+    digest: str = ""  # of what a repeated key must come with, too
     seq: int = 0  # its number in the outbox; 0: it is not there
     replayed: str = ""  # the id that its key was given first
     error: HTTPException | None = None  # the refusal; None, too, when the outbox cannot be written
@@ -132,12 +133,6 @@ def _read_line(line: str) -> Notification:
     accepted_at, id, _, _, email, message = line.split(" ", 5)
     message = message.encode("latin-1", "backslashreplace").decode("unicode_escape")
     return Notification(id, email.removesuffix(":"), message, accepted_at)
-
-
-def _digest(line: str) -> str:
-    """What a repeated idempotency key must come with, too."""
-    n = _read_line(line)
-    return hashlib.sha256(f"{n.email}\n{n.message}".encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- endpoints
@@ -185,13 +180,13 @@ class _Api:
         if key is not None and not re.fullmatch(b"[ -~]{1,255}", key):
             raise HTTPException(400, "Make Idempotency-Key 1 to 255 printable ASCII characters.")
         message = await _read_message(headers.get(b"content-type", b""), receive)
-        entry = _Entry(_text_of(email, message), key and key.decode())
+        digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest() if key else ""
+        entry = _Entry(_text_of(email, message), key and key.decode(), digest)
         await self._outbox.writer.run(entry)
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         delivery = BackgroundTask(self._relay.deliver, entry)  # of nothing, if it is replayed
-        response = _Accepted(entry.replayed or entry.line[_ID], bool(entry.replayed), delivery)
-        await response(scope, receive, send)
+        await _Accepted(entry.replayed or entry.line[_ID], bool(entry.replayed), delivery)(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
@@ -463,7 +458,7 @@ class _Outbox:
         fresh: list[_Entry] = []
         for entry in new:
             known = db.execute(_FIND_KEY, (entry.key, now - _DAY)).fetchone() if entry.key else None
-            if known and known[1] != _digest(entry.line):
+            if known and known[1] != entry.digest:
                 entry.error = HTTPException(422, "Use another Idempotency-Key: this one came with other content.")
             elif known:
                 entry.replayed = known[0]
@@ -472,7 +467,7 @@ class _Outbox:
             else:
                 fresh.append(entry)
                 if entry.key:
-                    db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], _digest(entry.line), now))
+                    db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], entry.digest, now))
         if any(entry.key for entry in fresh):
             db.execute(_FORGET_KEYS, (now - _DAY,))  # as adopt does; but in memory that has another database
         return fresh
