@@ -382,7 +382,7 @@ class _Outbox:
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write), _Warnings(1)
         self.pending: dict[int, _Entry] = {}  # those that are ours and not delivered
-        self.waiting: dict[int, _Entry] = {}  # those of them that nobody has in hand
+        self.waiting: dict[int, _Entry] = {}  # those of them that are nobody's yet, nor set aside: who pops one has it
         self._adopted: set[int] = set()  # those of them that max_pending does not count
         self.unsynced: list[_Entry] = []  # what is in the log, but perhaps not on the disk
         self._undeleted: list[int] = []  # what is delivered; the rows go with the next commit
@@ -396,14 +396,6 @@ class _Outbox:
         await self.writer.run(entry)  # and so what was put before it is written first
         ours = list(self.pending.values())
         return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
-
-    def take(self, entry: _Entry) -> bool:
-        """Whether the entry is the caller's to deliver: it is the first's who asks, but nobody's if it is set aside."""
-        if self.waiting.pop(entry.seq, None) is None:
-            return False
-        if entry.due == math.inf:  # only now, as others may have had it in hand until now
-            self.waiting[entry.seq] = entry
-        return entry.due != math.inf
 
     def settle(self, entries: list[_Entry]) -> None:
         """Count these as delivered; their rows stay."""
@@ -509,8 +501,9 @@ class _Outbox:
         with self.adopting, self._lock, _connected(self._folder / "outbox.lock", _LOCK):  # nobody starts meanwhile
             now = time.monotonic()
             old = [entry for entry in list(self.waiting.values()) if entry.since is not None or not entry.due > now]
-            left = {entry.seq: entry for entry in old if self.waiting.pop(entry.seq, None)}  # so that nobody takes it
-            if len(left) < len(self.pending) or self.unsynced or self._undeleted or not self._on_disk:
+            left = {entry.seq: entry for entry in old if self.waiting.pop(entry.seq, None)}  # so that nobody else has
+            pending = sum(entry.due != math.inf for entry in list(self.pending.values()))
+            if len(left) < pending or self.unsynced or self._undeleted or not self._on_disk:
                 self.waiting |= left
                 return  # as it is in use, or in memory: it stays open until the process ends
             self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
@@ -536,7 +529,7 @@ class _Outbox:
             if unsearched := [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]:
                 log.info("looking in the log for %d notifications that the dead left", len(unsearched))
                 delivered = find_delivered({entry.line[_ID] for entry in unsearched})
-                self.delete([entry for entry in unsearched if entry.line[_ID] in delivered and self.take(entry)])
+                self.delete([self.waiting.pop(entry.seq) for entry in unsearched if entry.line[_ID] in delivered])
                 for entry in unsearched:
                     entry.due = 0.0
 
@@ -646,7 +639,7 @@ class _Relay:
         try:
             if not self._lifespans or len(self._in_requests) < self._most_in_hand:
                 await self._attempt(entry, self._in_requests, self._delay)
-            elif self._outbox.take(entry):
+            elif self._outbox.waiting.pop(entry.seq, None):
                 entry.due = time.monotonic() + self._delay
                 self._outbox.waiting[entry.seq] = entry
             if not self._lifespans:
@@ -695,7 +688,7 @@ class _Relay:
                 start_soon(self._adopt)  # beside the rest, as it may take long to search the log
                 self._step(start_soon)
                 await anyio.sleep(pause)
-                is_busy = any(entry.due != math.inf for entry in list(self._outbox.pending.values()))
+                is_busy = self._outbox.waiting or self._in_requests or self._in_relay
                 pause = _POLL if is_busy else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
@@ -721,7 +714,7 @@ class _Relay:
 
     async def _attempt(self, entry: _Entry, in_hand: set[_Entry], delay: float = 0.0) -> None:
         """Deliver the entry, unless somebody has it in hand."""
-        if not self._outbox.take(entry):
+        if not self._outbox.waiting.pop(entry.seq, None):
             return
         in_hand.add(entry)
         try:
@@ -780,7 +773,9 @@ class _Relay:
         for entry in entries:
             is_first, entry.since = entry.since is None, entry.since or now
             entry.due = math.inf if set_aside else now + _backoff(now - entry.since, *self._pauses)
-            self._outbox.pending[entry.seq] = self._outbox.waiting[entry.seq] = entry  # again, if it was settled
+            self._outbox.pending[entry.seq] = entry  # again, if it was settled
+            if entry.due != math.inf:
+                self._outbox.waiting[entry.seq] = entry
             if is_first or entry.due == math.inf:
                 fate = "waits for the next start" if entry.due == math.inf else "is tried again"
                 self._warn(f"notification %s failed, and {fate}", error, entry.line[_ID])
