@@ -520,18 +520,15 @@ class _Outbox:
             untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
             try:
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                while dead and untried < _MOST_ADOPTED and (claimed := self._claim(dead)):
+                while untried < _MOST_ADOPTED and (claimed := self._claim(dead)):
                     untried += claimed
-                self._adopt_db.execute(_FORGET_KEYS, (time.time() - _DAY,))
-            except sqlite3.OperationalError as exc:
-                if getattr(exc, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:  # as while others write
-                    self._warn("what is left in the outbox has to wait", exc)
-            if unsearched := [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]:
-                log.info("looking in the log for %d notifications that the dead left", len(unsearched))
-                delivered = find_delivered({entry.line[_ID] for entry in unsearched})
-                self.delete([self.waiting.pop(entry.seq) for entry in unsearched if entry.line[_ID] in delivered])
-                for entry in unsearched:
-                    entry.due = 0.0
+            finally:  # of those, too, that an earlier look has claimed
+                if unsearched := [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]:
+                    log.info("looking in the log for %d notifications that the dead left", len(unsearched))
+                    delivered = find_delivered({entry.line[_ID] for entry in unsearched})
+                    self.delete([self.waiting.pop(entry.seq) for entry in unsearched if entry.line[_ID] in delivered])
+                    for entry in unsearched:
+                        entry.due = 0.0
 
     def _dead_of(self, workers: Iterator[str]) -> Iterator[str]:
         """Those whose lock nobody holds; the lock is removed. No name is used twice: the dead stay dead."""
@@ -545,6 +542,7 @@ class _Outbox:
     def _claim(self, dead: list[str]) -> int:
         """Make ours a batch of what the dead left, as other workers' commits wait meanwhile; how many these are."""
         with _transaction(self._adopt_db) as db:
+            db.execute(_FORGET_KEYS, (time.time() - _DAY,))  # a batch of them, too; even if nobody is dead
             rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
         for line, seq in rows:
             self._adopted.add(seq)
