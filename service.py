@@ -603,8 +603,7 @@ def _is_wal_header(header: bytes) -> bool:
 def _sync_folder(folder: Path) -> None:
     """Have the names of new files on the disk, where a folder can be opened."""
     with suppress(OSError), ExitStack() as opened:
-        file = os.open(folder, os.O_RDONLY)
-        opened.callback(os.close, file)
+        opened.callback(os.close, file := os.open(folder, os.O_RDONLY))
         os.fsync(file)
 
 
@@ -640,8 +639,7 @@ class _Relay:
             elif self._outbox.waiting.pop(entry.seq, None):
                 entry.due = time.monotonic() + self._delay
                 self._outbox.waiting[entry.seq] = entry
-            if not self._lifespans:
-                await self.catch_up()
+            await self.catch_up()
         except GeneratorExit:  # the notifier's, or this task is being closed, and may not wait again
             return
 
