@@ -261,10 +261,10 @@ def _wake_all(waiters: list[Any]) -> None:
 
 
 class _Group:
-    """One thread that handles all that is queued; or up to max_threads, of which each handles one entry at a time."""
+    """One thread that handles all that is queued; or at most so many, of which each handles one entry at a time."""
 
-    def __init__(self, handle: Callable[[list[_Entry]], None], max_threads: int = 0, pause: float = 0.0) -> None:
-        self._handle, self._max_threads, self._pause = handle, max_threads, pause
+    def __init__(self, handle: Callable[..., None], fail: Callable[..., None], most: int = 0, pause: float = 0) -> None:
+        self._handle, self._fail, self._max_threads, self._pause = handle, fail, most, pause
         self.queued: list[tuple[_Entry, Any, Any]] = []  # each with who waits for it, and how threads call its loop
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -312,11 +312,11 @@ class _Group:
                 self._woken = False
                 taken = self.queued[: 1 if self._max_threads else None]
                 del self.queued[: len(taken)]
+            entries = [entry for entry, _, _ in taken]
             try:
-                self._handle([entry for entry, _, _ in taken])
-            except BaseException:
-                with suppress(Exception):
-                    log.exception("this should not happen: please report it as a bug of the service")
+                self._handle(entries)
+            except BaseException as exc:  # which ends no thread, and no wait
+                self._fail(entries, exc)
             for call_threadsafe in {call_threadsafe for _, _, call_threadsafe in taken}:
                 with suppress(Exception):  # the loop is closed, and nobody waits
                     call_threadsafe(_wake_all, [waiter for _, waiter, theirs in taken if theirs == call_threadsafe])
@@ -380,7 +380,7 @@ class _Outbox:
             PRAGMA busy_timeout = 1;         -- ms: _transaction tries again, and adopt at its next look
         """
         self._max_pending = max_pending
-        self.writer, self._warn = _Group(self._write), _Warnings(1)
+        self.writer, self._warn = _Group(self._write, self._refuse), _Warnings(1)
         self.pending: dict[int, _Entry] = {}  # those that are ours and not delivered
         self.waiting: dict[int, _Entry] = {}  # those of them that are nobody's yet, nor set aside: who pops one has it
         self._adopted: set[int] = set()  # those of them that max_pending does not count
@@ -411,38 +411,36 @@ class _Outbox:
 
     def _write(self, new: list[_Entry]) -> None:
         with self._lock:
-            try:
-                self._commit(new)
-            except BaseException as exc:  # whatever it is, there is no 202
-                for entry in new:
-                    entry.replayed, entry.error, entry.failure = "", None, str(exc) or repr(exc)
-                self._warn("the outbox cannot be written, and answers are 503", exc)
-                if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
-                    with suppress(Exception):  # over the failed one: it may be whole in the WAL, for a start to replay
-                        self._commit([_Entry("")])
-
-    def _commit(self, new: list[_Entry]) -> None:
-        undeleted = self._undeleted.copy()
-        if not new and not undeleted:
-            return
-        to_keep = [entry for entry in new if entry.line]
-        probed = len(to_keep) < len(new)  # somebody asks whether it can be written
-        _stamp(to_keep)
-        with _transaction(self.open()) as db:
-            if undeleted:
-                db.execute(_DELETE, (json.dumps(undeleted),))
-            fresh = self._admit(db, to_keep)
-            last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
+            undeleted = self._undeleted.copy()
+            if not new and not undeleted:
+                return
+            to_keep = [entry for entry in new if entry.line]
+            probed = len(to_keep) < len(new)  # somebody asks whether it can be written
+            _stamp(to_keep)
+            with _transaction(self.open()) as db:
+                if undeleted:
+                    db.execute(_DELETE, (json.dumps(undeleted),))
+                fresh = self._admit(db, to_keep)
+                last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
+                if probed:
+                    db.execute(_PROBE)
+            del self._undeleted[: len(undeleted)]
+            late = time.monotonic() + _LATE
+            for seq, entry in enumerate(fresh, last - len(fresh) + 1):
+                entry.seq, entry.due = seq, late
+                self.pending[seq] = self.waiting[seq] = entry
             if probed:
-                db.execute(_PROBE)
-        del self._undeleted[: len(undeleted)]
-        late = time.monotonic() + _LATE
-        for seq, entry in enumerate(fresh, last - len(fresh) + 1):
-            entry.seq, entry.due = seq, late
-            self.pending[seq] = self.waiting[seq] = entry
-        if probed:
-            with suppress(sqlite3.Error):
-                db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
+                with suppress(sqlite3.Error):
+                    db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
+
+    def _refuse(self, new: list[_Entry], error: BaseException) -> None:
+        """Whatever the error is, there is no 202."""
+        for entry in new:
+            entry.replayed, entry.error, entry.failure = "", None, str(error) or repr(error)
+        self._warn("the outbox cannot be written, and answers are 503", error)
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
+            with suppress(Exception):  # over the failed one: it may be whole in the WAL, for a start to replay
+                self._write([_Entry("")])
 
     def _admit(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
@@ -623,7 +621,7 @@ class _Relay:
         own = notify is not None
         self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
-        self._group = _Group(self._call, threads) if own else _Group(self._append, pause=_PAUSE)
+        self._group = _Group(self._call, self._fail, threads) if own else _Group(self._append, self._fail, pause=_PAUSE)
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
         self._lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
@@ -733,13 +731,10 @@ class _Relay:
 
     def _call(self, entries: list[_Entry]) -> None:
         for entry in entries:
-            try:
-                result = self._notify(_read_line(entry.line))
-                if isinstance(result, Awaitable | Generator | AsyncGenerator):
-                    raise TypeError("notify returned what nobody runs: make it a def or an async def, with no yield")
-                self._outbox.delete([entry])
-            except BaseException as exc:
-                self._fail([entry], exc)
+            result = self._notify(_read_line(entry.line))
+            if isinstance(result, Awaitable | Generator | AsyncGenerator):
+                raise TypeError("notify returned what nobody runs: make it a def or an async def, with no yield")
+            self._outbox.delete([entry])
 
     def _append(self, entries: list[_Entry]) -> None:
         """Append what is new; sync at most once per _LINGER, or when asked to, and only then delete the rows."""
@@ -759,7 +754,7 @@ class _Relay:
         try:
             self._file.sync()
             self._outbox.delete(self._outbox.unsynced)
-        except OSError as exc:  # to sync again would prove nothing
+        except BaseException as exc:  # to sync again would prove nothing
             self._fail(self._outbox.unsynced, exc, set_aside=True)
         self._outbox.unsynced.clear()
 
