@@ -831,17 +831,15 @@ class _LogFile:
                 raise
 
     def _open(self) -> io.FileIO:
-        if self._files and self._place_of(self._files[-1]) == self._place:
-            return self._files[-1]
-        is_other = self._path.exists() and not self._path.is_file()
-        # Only a regular file is readable: a FIFO shall not be its own reader, nor wait for one.
-        mode, flag = ("a", getattr(os, "O_NONBLOCK", 0)) if is_other else ("a+", 0)
-        file = io.FileIO(self._path, mode, opener=lambda path, flags: os.open(path, flags | flag, 0o600))
-        if is_other:
-            os.set_blocking(file.fileno(), True)
-        self._files.append(file)
-        self._place = self._place_of(file)
-        return file
+        if not self._files or self._place_of(self._files[-1]) != self._place:
+            is_other = self._path.exists() and not self._path.is_file()
+            # Only a regular file is readable: a FIFO shall not be its own reader, nor wait for one.
+            mode, flag = ("a", getattr(os, "O_NONBLOCK", 0)) if is_other else ("a+", 0)
+            self._files.append(io.FileIO(self._path, mode, opener=lambda path, how: os.open(path, how | flag, 0o600)))
+            if is_other:
+                os.set_blocking(self._files[-1].fileno(), True)
+            self._place = self._place_of(self._files[-1])
+        return self._files[-1]
 
     def _place_of(self, file: io.FileIO) -> str | int:
         with suppress(OSError):  # first, as to stat it has its next write record the time anew, which costs I/O
