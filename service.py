@@ -121,14 +121,6 @@ def _text_of(email: str, message: str) -> str:
     return f"notification for {email}: {message}"
 
 
-def _stamp(entries: list[_Entry]) -> None:
-    """Put the time and an id first. Both are asked for once for all, as each call lets other threads take over."""
-    accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6]
-    ids = secrets.token_hex(16 * len(entries))
-    for i, entry in enumerate(entries):
-        entry.line = f"{accepted_at}Z {ids[32 * i : 32 * i + 32]} {entry.line}"
-
-
 def _read_line(line: str) -> Notification:
     accepted_at, id, _, _, email, message = line.split(" ", 5)
     message = message.encode("latin-1", "backslashreplace").decode("unicode_escape")
@@ -416,7 +408,6 @@ class _Outbox:
                 return
             to_keep = [entry for entry in new if entry.line]
             probed = len(to_keep) < len(new)  # somebody asks whether it can be written
-            _stamp(to_keep)
             with _transaction(self.open()) as db:
                 if undeleted:
                     db.execute(_DELETE, (json.dumps(undeleted),))
@@ -445,8 +436,10 @@ class _Outbox:
     def _admit(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
         now, room = time.time(), self._max_pending - (len(self.pending) - len(self._adopted))
+        # Asked for once for all, as each call lets other threads take over.
+        accepted_at, ids = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6], secrets.token_hex(16 * len(new))
         fresh: list[_Entry] = []
-        for entry in new:
+        for i, entry in enumerate(new):
             known = db.execute(_FIND_KEY, (entry.key, now - _DAY)).fetchone() if entry.key else None
             if known and known[1] != entry.digest:
                 entry.error = HTTPException(422, "Use another Idempotency-Key: this one came with other content.")
@@ -455,6 +448,7 @@ class _Outbox:
             elif len(fresh) >= room:
                 entry.error = HTTPException(503, "Too many notifications are pending: try again later.", _RETRY)
             else:
+                entry.line = f"{accepted_at}Z {ids[32 * i : 32 * i + 32]} {entry.line}"
                 fresh.append(entry)
                 if entry.key:
                     db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], entry.digest, now))
