@@ -389,17 +389,14 @@ class _Outbox:
         ours = list(self.pending.values())
         return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
 
-    def settle(self, entries: list[_Entry]) -> None:
-        """Count these as delivered; their rows stay."""
+    def settle(self, entries: list[_Entry], synced: bool = True) -> None:
+        """Count these as delivered; their rows go with the next commit, unless a sync is still to come."""
+        if synced:
+            self._undeleted += [entry.seq for entry in entries]
+            self.writer.wake()
         for entry in entries:
             self.pending.pop(entry.seq, None)
             self._adopted.discard(entry.seq)
-
-    def delete(self, entries: list[_Entry]) -> None:
-        """Count these as delivered, and delete them with the next commit."""
-        self._undeleted += [entry.seq for entry in entries]
-        self.settle(entries)
-        self.writer.wake()
 
     def _write(self, new: list[_Entry]) -> None:
         with self._lock:
@@ -518,7 +515,7 @@ class _Outbox:
                 if unsearched := [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]:
                     log.info("looking in the log for %d notifications that the dead left", len(unsearched))
                     delivered = find_delivered({entry.line[_ID] for entry in unsearched})
-                    self.delete([self.waiting.pop(entry.seq) for entry in unsearched if entry.line[_ID] in delivered])
+                    self.settle([self.waiting.pop(entry.seq) for entry in unsearched if entry.line[_ID] in delivered])
                     for entry in unsearched:
                         entry.due = 0.0
 
@@ -710,7 +707,7 @@ class _Relay:
                 await anyio.sleep(delay)
             if self._is_async:
                 await self._notify(_read_line(entry.line))
-                self._outbox.delete([entry])
+                self._outbox.settle([entry])
         except BaseException as exc:
             self._fail([entry], exc)
             if in_hand is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
@@ -728,7 +725,7 @@ class _Relay:
             result = self._notify(_read_line(entry.line))
             if isinstance(result, Awaitable | Generator | AsyncGenerator):
                 raise TypeError("notify returned what nobody runs: make it a def or an async def, with no yield")
-            self._outbox.delete([entry])
+            self._outbox.settle([entry])
 
     def _append(self, entries: list[_Entry]) -> None:
         """Append what is new; sync at most once per _LINGER, or when asked to, and only then delete the rows."""
@@ -740,14 +737,14 @@ class _Relay:
             self._fail(new, exc, set_aside=exc.__context__ is not None)  # as some lines may have stayed
         else:
             self._outbox.unsynced += new
-            self._outbox.settle(new)
+            self._outbox.settle(new, synced=False)
         if new == entries and time.monotonic() < self._last_sync + _LINGER:
             self._group.wake()
             return  # to sync later: with the next lines, or when none come
         self._last_sync = time.monotonic()
         try:
             self._file.sync()
-            self._outbox.delete(self._outbox.unsynced)
+            self._outbox.settle(self._outbox.unsynced)
         except BaseException as exc:  # to sync again would prove nothing
             self._fail(self._outbox.unsynced, exc, set_aside=True)
         self._outbox.unsynced.clear()
