@@ -258,7 +258,7 @@ class _Group:
     def __init__(self, handle: Callable[..., None], fail: Callable[..., None], most: int = 0, pause: float = 0) -> None:
         self._handle, self._fail, self._max_threads, self._pause = handle, fail, most, pause
         self.queued: list[tuple[_Entry, Any, Any]] = []  # each with who waits for it, and how threads call its loop
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._threads, self._idle, self._woken = 0, 0, False
 
@@ -308,7 +308,8 @@ class _Group:
             try:
                 self._handle(entries)
             except BaseException as exc:  # which ends no thread, and no wait
-                self._fail(entries, exc)
+                with suppress(BaseException):
+                    self._fail(entries, exc)
             for call_threadsafe in {call_threadsafe for _, _, call_threadsafe in taken}:
                 with suppress(Exception):  # the loop is closed, and nobody waits
                     call_threadsafe(_wake_all, [waiter for _, waiter, theirs in taken if theirs == call_threadsafe])
