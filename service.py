@@ -626,9 +626,8 @@ class _Relay:
         try:
             if not self._lifespans or len(self._in_requests) < self._most_in_hand:
                 await self._attempt(entry, self._in_requests, self._delay)
-            elif self._outbox.waiting.pop(entry.seq, None):
+            elif entry.seq in self._outbox.waiting:
                 entry.due = time.monotonic() + self._delay
-                self._outbox.waiting[entry.seq] = entry
             await self.catch_up()
         except GeneratorExit:  # the notifier's, or this task is being closed, and may not wait again
             return
