@@ -363,8 +363,7 @@ class _Outbox:
     def __init__(self, folder: str | Path, max_pending: int, fsync: bool) -> None:
         self._folder = Path(folder) if str(folder) == ":memory:" else Path(folder).absolute()
         self._on_disk = self._folder.is_absolute()
-        self._path = self._folder / "outbox.db"
-        self._wal = Path(f"{self._path}-wal")
+        self._path, self._wal = self._folder / "outbox.db", self._folder / "outbox.db-wal"
         self._pragmas = f"""
             PRAGMA page_size = 2048;         -- bytes: most commits change a line or a few, and write whole pages
             PRAGMA journal_mode = WAL;       -- who reads does not wait for who writes
@@ -423,8 +422,7 @@ class _Outbox:
                     db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
 
     def _refuse(self, new: list[_Entry], error: BaseException) -> None:
-        """Whatever the error is, there is no 202."""
-        for entry in new:
+        for entry in new:  # whatever the error is, there is no 202
             entry.replayed, entry.error, entry.failure = "", None, str(error) or repr(error)
         self._warn("the outbox cannot be written, and answers are 503", error)
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
@@ -673,8 +671,7 @@ class _Relay:
                 start_soon(self._adopt)  # beside the rest, as it may take long to search the log
                 self._step(start_soon)
                 await anyio.sleep(pause)
-                is_busy = self._outbox.waiting or self._in_requests or self._in_relay
-                pause = _POLL if is_busy else min(2 * pause, 1)
+                pause = _POLL if self._outbox.waiting or self._in_requests or self._in_relay else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
         """Every _LOOK seconds take over what the dead left, unless somebody is at it."""
