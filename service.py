@@ -405,10 +405,13 @@ class _Outbox:
                 return
             to_keep = [entry for entry in new if entry.line]
             probed = len(to_keep) < len(new)  # somebody asks whether it can be written
+            # Both are asked for once for all, and with no lock in hand, as each call lets other threads take over.
+            accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+            ids = secrets.token_hex(16 * len(to_keep))
             with _transaction(self.open()) as db:
                 if undeleted:
                     db.execute(_DELETE, (json.dumps(undeleted),))
-                fresh = self._admit(db, to_keep)
+                fresh = self._admit(db, to_keep, accepted_at, ids)
                 last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
                 if probed:
                     db.execute(_PROBE)
@@ -429,11 +432,9 @@ class _Outbox:
             with suppress(Exception):  # over the failed one: it may be whole in the WAL, for a start to replay
                 self._write([_Entry("")])
 
-    def _admit(self, db: sqlite3.Connection, new: list[_Entry]) -> list[_Entry]:
+    def _admit(self, db: sqlite3.Connection, new: list[_Entry], accepted_at: str, ids: str) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
         now, room = time.time(), self._max_pending - (len(self.pending) - len(self._adopted))
-        # Asked for once for all, as each call lets other threads take over.
-        accepted_at, ids = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6], secrets.token_hex(16 * len(new))
         fresh: list[_Entry] = []
         for i, entry in enumerate(new):
             known = db.execute(_FIND_KEY, (entry.key, now - _DAY)).fetchone() if entry.key else None
@@ -444,7 +445,7 @@ class _Outbox:
             elif len(fresh) >= room:
                 entry.error = HTTPException(503, "Too many notifications are pending: try again later.", _RETRY)
             else:
-                entry.line = f"{accepted_at}Z {ids[32 * i : 32 * i + 32]} {entry.line}"
+                entry.line = f"{accepted_at} {ids[32 * i : 32 * i + 32]} {entry.line}"
                 fresh.append(entry)
                 if entry.key:
                     db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], entry.digest, now))
