@@ -490,7 +490,7 @@ class _Outbox:
         with self.adopting, self._lock, _connected(self._folder / "outbox.lock", _LOCK):  # nobody starts meanwhile
             now = time.monotonic()
             old = [entry for entry in list(self.waiting.values()) if entry.since is not None or not entry.due > now]
-            left = {entry.seq: entry for entry in old if self.waiting.pop(entry.seq, None)}  # so that nobody else has
+            left = {entry.seq: entry for entry in old if self.waiting.pop(entry.seq, None)}  # so that nobody takes it
             pending = sum(entry.due != math.inf for entry in list(self.pending.values()))
             if len(left) < pending or self.unsynced or self._undeleted or not self._on_disk:
                 self.waiting |= left
@@ -752,8 +752,8 @@ class _Relay:
         now = time.monotonic()
         for entry in entries:
             is_first, entry.since = entry.since is None, entry.since or now
-            entry.due = math.inf if set_aside else now + _backoff(now - entry.since, *self._pauses)
             self._outbox.pending[entry.seq] = entry  # again, if it was settled
+            entry.due = math.inf if set_aside else now + _backoff(now - entry.since, *self._pauses)
             if entry.due != math.inf:
                 self._outbox.waiting[entry.seq] = entry
             if is_first or entry.due == math.inf:
