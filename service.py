@@ -405,7 +405,7 @@ class _Outbox:
                 return
             to_keep = [entry for entry in new if entry.line]
             probed = len(to_keep) < len(new)  # somebody asks whether it can be written
-            # Both are asked for once for all, and with no lock in hand, as each call lets other threads take over.
+            # Both once for all, and before other workers have to wait, as each call lets other threads take over.
             accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
             ids = secrets.token_hex(16 * len(to_keep))
             with _transaction(self.open()) as db:
