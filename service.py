@@ -258,7 +258,7 @@ class _Group:
     def __init__(self, handle: Callable[..., None], fail: Callable[..., None], most: int = 0, pause: float = 0) -> None:
         self._handle, self._fail, self._max_threads, self._pause = handle, fail, most, pause
         self.queued: list[tuple[_Entry, Any, Any]] = []  # each with who waits for it, and how threads call its loop
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # no Lock: garbage is collected within, which may run a host's code that posts
         self._changed = threading.Condition(self._lock)
         self._threads, self._idle, self._woken = 0, 0, False
 
@@ -283,7 +283,7 @@ class _Group:
 
     def wake(self) -> bool:
         """Have a thread handle what is queued, or if that is nothing, what was put off; False: no thread can be had."""
-        with self._changed:
+        with self._lock:
             self._woken = True
             self._changed.notify()
             if self._threads < max(1, self._max_threads) and self._idle < max(1, len(self.queued)):
@@ -294,7 +294,7 @@ class _Group:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._idle += 1
                 came = self._changed.wait_for(lambda: self.queued, _LINGER)
                 self._idle -= 1
