@@ -253,7 +253,7 @@ def _wake_all(waiters: list[Any]) -> None:
 
 
 class _Group:
-    """One thread that handles all that is queued; or at most so many, of which each handles one entry at a time."""
+    """One thread that handles all that is queued; or up to most, of which each handles one entry at a time."""
 
     def __init__(self, handle: Callable[..., None], fail: Callable[..., None], most: int = 0, pause: float = 0) -> None:
         self._handle, self._fail, self._max_threads, self._pause = handle, fail, most, pause
@@ -531,7 +531,7 @@ class _Outbox:
     def _claim(self, dead: list[str]) -> int:
         """Make ours a batch of what the dead left, as other workers' commits wait meanwhile; how many these are."""
         with _transaction(self._adopt_db) as db:
-            db.execute(_FORGET_KEYS, (time.time() - _DAY,))  # a batch of them, too; even if nobody is dead
+            db.execute(_FORGET_KEYS, (time.time() - _DAY,))  # a batch of them, too, even if nobody is dead
             rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
         for line, seq in rows:
             self._adopted.add(seq)
@@ -547,7 +547,7 @@ def _transaction(db: sqlite3.Connection) -> sqlite3.Connection:
         except sqlite3.OperationalError as exc:  # SQLite's own pauses grow: who waits longest would starve
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
-    return db  # which ends it, as what follows "with"
+    return db  # as a context manager it commits, or rolls back
 
 
 @contextmanager
