@@ -38,6 +38,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from traceback import format_exception_only
 from typing import Any
@@ -147,11 +148,12 @@ _DETAILS = {  # of what the framework raises
 class _Accepted(JSONResponse):
     """The 202, made in one step, as all of it but the id is known."""
 
-    def __init__(self, id: str, replayed: bool, background: BackgroundTask) -> None:
+    def __init__(self, entry: _Entry, background: BackgroundTask) -> None:
         self.status_code, self.background = 202, background
-        self.body = b'{"id":"%b","message":"Notification sent in the background"}' % id.encode()
+        id = (entry.replayed or entry.line[_ID]).encode()
+        self.body = b'{"id":"%b","message":"Notification sent in the background"}' % id
         self.raw_headers = [(b"content-length", b"%d" % len(self.body)), (b"content-type", b"application/json")]
-        if replayed:
+        if entry.replayed:
             self.raw_headers.append((b"idempotent-replayed", b"true"))
 
 
@@ -178,7 +180,7 @@ class _Api:
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
         delivery = BackgroundTask(self._relay.deliver, entry)  # of nothing, if it is replayed
-        await _Accepted(entry.replayed or entry.line[_ID], bool(entry.replayed), delivery)(scope, receive, send)
+        await _Accepted(entry, delivery)(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
@@ -313,8 +315,8 @@ class _Group:
             for call_threadsafe in {call_threadsafe for _, _, call_threadsafe in taken}:
                 with suppress(Exception):  # the loop is closed, and nobody waits
                     call_threadsafe(_wake_all, [waiter for _, waiter, theirs in taken if theirs == call_threadsafe])
-            if self._pause:
-                time.sleep(self._pause)  # the next batch gathers
+            if self._pause:  # as a sleep of 0 would give up the interpreter, too
+                time.sleep(self._pause)  # no answer waits for this thread: let the next batch gather
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
@@ -373,9 +375,9 @@ class _Outbox:
         """
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write, self._refuse), _Warnings(1)
-        self.pending: dict[int, _Entry] = {}  # those that are ours and not delivered
-        self.waiting: dict[int, _Entry] = {}  # those of them that are nobody's yet, nor set aside: who pops one has it
-        self._adopted: set[int] = set()  # those of them that max_pending does not count
+        self.pending: set[_Entry] = set()  # those that are ours and not delivered
+        self.waiting: dict[_Entry, bool] = {}  # those of them that are nobody's yet, nor set aside: who pops one has it
+        self._adopted: set[_Entry] = set()  # those of them that max_pending does not count
         self.unsynced: list[_Entry] = []  # what is in the log, but perhaps not on the disk
         self._undeleted: list[int] = []  # what is delivered; the rows go with the next commit
         self._db: sqlite3.Connection | None = None
@@ -386,7 +388,7 @@ class _Outbox:
         """Why it cannot be written, or ""; how many are pending (not set aside); how many of all failed last time."""
         entry = _Entry("")
         await self.writer.run(entry)  # and so what was put before it is written first
-        ours = list(self.pending.values())
+        ours = list(self.pending)
         return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
 
     def settle(self, entries: list[_Entry], synced: bool = True) -> None:
@@ -395,8 +397,8 @@ class _Outbox:
             self._undeleted += [entry.seq for entry in entries]
             self.writer.wake()
         for entry in entries:
-            self.pending.pop(entry.seq, None)
-            self._adopted.discard(entry.seq)
+            self.pending.discard(entry)
+            self._adopted.discard(entry)
 
     def _write(self, new: list[_Entry]) -> None:
         with self._lock:
@@ -419,7 +421,8 @@ class _Outbox:
             late = time.monotonic() + _LATE
             for seq, entry in enumerate(fresh, last - len(fresh) + 1):
                 entry.seq, entry.due = seq, late
-                self.pending[seq] = self.waiting[seq] = entry
+                self.pending.add(entry)
+                self.waiting[entry] = True
             if probed:
                 with suppress(sqlite3.Error):
                     db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
@@ -489,13 +492,13 @@ class _Outbox:
         """Close it, unless something is in hand; its rows stay for who adopts them."""
         with self.adopting, self._lock, _connected(self._folder / "outbox.lock", _LOCK):  # nobody starts meanwhile
             now = time.monotonic()
-            old = [entry for entry in list(self.waiting.values()) if entry.since is not None or not entry.due > now]
-            left = {entry.seq: entry for entry in old if self.waiting.pop(entry.seq, None)}  # so that nobody takes it
-            pending = sum(entry.due != math.inf for entry in list(self.pending.values()))
+            old = [entry for entry in list(self.waiting) if entry.since is not None or not entry.due > now]
+            left = [entry for entry in old if self.waiting.pop(entry, False)]  # so that nobody takes it
+            pending = sum(entry.due != math.inf for entry in list(self.pending))
             if len(left) < pending or self.unsynced or self._undeleted or not self._on_disk:
-                self.waiting |= left
+                self.waiting |= dict.fromkeys(left, True)
                 return  # as it is in use, or in memory: it stays open until the process ends
-            self._db, self.pending, self.waiting, self._adopted = None, {}, {}, set()
+            self._db, self.pending, self.waiting, self._adopted = None, set(), {}, set()
             self._let_go()
             (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
 
@@ -506,16 +509,18 @@ class _Outbox:
             if self._undeleted:
                 self.writer.wake()  # so that it tries again
             dead = list(self._dead_of(worker for (worker,) in self._adopt_db.execute(_OTHERS, (self._worker,))))
-            untried = sum(entry.since is None for entry in list(self.pending.values()) if entry.seq in self._adopted)
+            untried = sum(entry.since is None for entry in list(self._adopted))
             try:
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 while untried < _MOST_ADOPTED and (claimed := self._claim(dead)):
                     untried += claimed
             finally:  # of those, too, that an earlier look has claimed
-                if unsearched := [entry for entry in list(self.waiting.values()) if math.isnan(entry.due)]:
+                if unsearched := [entry for entry in list(self.waiting) if math.isnan(entry.due)]:
                     log.info("looking in the log for %d notifications that the dead left", len(unsearched))
                     delivered = find_delivered({entry.line[_ID] for entry in unsearched})
-                    self.settle([self.waiting.pop(entry.seq) for entry in unsearched if entry.line[_ID] in delivered])
+                    self.settle(
+                        [entry for entry in unsearched if entry.line[_ID] in delivered and self.waiting.pop(entry)]
+                    )
                     for entry in unsearched:
                         entry.due = 0.0
 
@@ -533,9 +538,10 @@ class _Outbox:
         with _transaction(self._adopt_db) as db:
             db.execute(_FORGET_KEYS, (time.time() - _DAY,))  # a batch of them, too, even if nobody is dead
             rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
-        for line, seq in rows:
-            self._adopted.add(seq)
-            self.pending[seq] = self.waiting[seq] = _Entry(line, seq=seq, due=math.nan)
+        adopted = [_Entry(line, seq=seq, due=math.nan) for line, seq in rows]
+        self._adopted.update(adopted)
+        self.pending.update(adopted)
+        self.waiting |= dict.fromkeys(adopted, True)
         return len(rows)
 
 
@@ -612,7 +618,8 @@ class _Relay:
         own = notify is not None
         self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
-        self._group = _Group(self._call, self._fail, threads) if own else _Group(self._append, self._fail, pause=_PAUSE)
+        set_aside = partial(self._fail, set_aside=True)  # the lines may be in the log
+        self._group = _Group(self._call, self._fail, threads) if own else _Group(self._append, set_aside, pause=_PAUSE)
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
         self._lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
@@ -625,7 +632,7 @@ class _Relay:
         try:
             if not self._lifespans or len(self._in_requests) < self._most_in_hand:
                 await self._attempt(entry, self._in_requests, self._delay)
-            elif entry.seq in self._outbox.waiting:
+            elif entry in self._outbox.waiting:
                 entry.due = time.monotonic() + self._delay
             await self.catch_up()
         except GeneratorExit:  # the notifier's, or this task is being closed, and may not wait again
@@ -689,7 +696,7 @@ class _Relay:
             if group.queued:  # as no thread could be had, and who waited was cancelled
                 group.wake()
         now = time.monotonic()
-        due = [entry for entry in list(self._outbox.waiting.values()) if entry.due <= now]
+        due = [entry for entry in list(self._outbox.waiting) if entry.due <= now]
         room = max(0, self._most_in_hand - len(self._in_relay))
         for entry in due[:room]:
             start_soon(self._attempt, entry, self._in_relay)
@@ -697,7 +704,7 @@ class _Relay:
 
     async def _attempt(self, entry: _Entry, in_hand: set[_Entry], delay: float = 0.0) -> None:
         """Deliver the entry, unless somebody has it in hand."""
-        if not self._outbox.waiting.pop(entry.seq, None):
+        if not self._outbox.waiting.pop(entry, False):
             return
         in_hand.add(entry)
         try:
@@ -745,17 +752,18 @@ class _Relay:
             self._outbox.settle(self._outbox.unsynced)
         except BaseException as exc:  # to sync again would prove nothing
             self._fail(self._outbox.unsynced, exc, set_aside=True)
-        self._outbox.unsynced.clear()
+        finally:
+            self._outbox.unsynced.clear()
 
     def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
         """Have the entries wait for another attempt, or if they are set aside, for the next start."""
         now = time.monotonic()
         for entry in entries:
             is_first, entry.since = entry.since is None, entry.since or now
-            self._outbox.pending[entry.seq] = entry  # again, if it was settled
+            self._outbox.pending.add(entry)  # again, if it was settled
             entry.due = math.inf if set_aside else now + _backoff(now - entry.since, *self._pauses)
             if entry.due != math.inf:
-                self._outbox.waiting[entry.seq] = entry
+                self._outbox.waiting[entry] = True
             if is_first or entry.due == math.inf:
                 fate = "waits for the next start" if entry.due == math.inf else "is tried again"
                 self._warn(f"notification %s failed, and {fate}", error, entry.line[_ID])

@@ -1828,6 +1828,85 @@ async def test_a_task_that_comes_when_its_line_is_set_aside_writes_no_second(log
         assert len(ids(log)) == 1
 
 
+async def test_a_task_that_comes_after_the_next_start_writes_no_line_again(log, outbox, monkeypatch):
+    may_end, looking, may_look, find = anyio.Event(), threading.Event(), threading.Event(), service._LogFile.find
+
+    async def slow_send(message):
+        if message["type"] == "http.response.body":
+            await may_end.wait()
+
+    def slow_find(self, ids):
+        looking.set()
+        may_look.wait(60)
+        return find(self, ids)
+
+    monkeypatch.setattr(service, "_LATE", 0.1)  # seconds after which the relay delivers
+    monkeypatch.setattr(service._LogFile, "find", slow_find)
+    app = create_app(log=log, outbox=outbox)
+    async with anyio.create_task_group() as tasks:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", no_sync)
+            async with lifespan(app):
+                tasks.start_soon(drive, app, slow_send)
+                await settled(app, failed=1)
+        async with lifespan(app):
+            await soon(looking.is_set)  # what is left has the same number as what the task comes for
+            may_end.set()
+            await anyio.sleep(0.2)
+            may_look.set()
+            await soon(lambda: rows(outbox) == 0)
+    assert len(ids(log)) == 1
+
+
+def no_memory(self, entries, synced=True, settle=service._Outbox.settle):
+    if not synced:
+        raise MemoryError
+    settle(self, entries)
+
+
+@pytest.mark.parametrize(("owner", "name", "broken"), [(os, "fsync", no_sync), (service._Outbox, "settle", no_memory)])
+async def test_whatever_fails_once_a_line_is_in_the_log_writes_it_no_second_time(
+    log, outbox, monkeypatch, owner, name, broken
+):
+    """Not even with a handler of log records that ends the thread."""
+
+    class Ends(logging.Handler):
+        def emit(self, record):
+            raise SystemExit
+
+    monkeypatch.setattr(logging.getLogger("notify"), "handlers", [Ends(logging.WARNING)])
+    async with lifespan(create_app(log=log, outbox=outbox)) as app:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            answer = await post(app)
+            await soon(lambda: ids(log))
+            await anyio.sleep(0.5)  # in which it would be tried again
+        assert ids(log) == [answer.json()["id"]]
+    async with lifespan(create_app(log=log, outbox=outbox)):
+        await soon(lambda: rows(outbox) == 0)
+    assert ids(log) == [answer.json()["id"]]
+
+
+async def test_lines_gather_while_the_log_rests_and_no_answer_waits_for_them(log, monkeypatch):
+    append, batches = service._LogFile.append, []
+    monkeypatch.setattr(service, "_PAUSE", 0.5)
+    monkeypatch.setattr(service._LogFile, "append", lambda self, lines: batches.append(lines) or append(self, lines))
+    app = create_app(log=log, outbox=":memory:")
+    await post(app)  # which waits for nothing
+    async with anyio.create_task_group() as tasks:
+        for _ in range(10):
+            answered = anyio.Event()
+
+            async def send(message, answered=answered):
+                if message["type"] == "http.response.body":
+                    answered.set()
+
+            tasks.start_soon(drive, app, send)
+            await answered.wait()
+    assert len(ids(log)) == 11
+    assert len(batches) < 6
+
+
 async def test_what_is_set_aside_is_told_however_soon_after_another_failure(log, outbox, monkeypatch, warned):
     async with lifespan(create_app(log=log, outbox=outbox)) as app:
         log.mkdir()
