@@ -34,7 +34,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -145,6 +145,16 @@ _DETAILS = {  # of what the framework raises
 }
 
 
+class _Delivery(BackgroundTask):
+    """The task of a 202, made with no look at what kind of function it calls; of nothing, if the 202 is replayed."""
+
+    def __init__(self, relay: _Relay, entry: _Entry) -> None:
+        self._relay, self._entry = relay, entry
+
+    def __call__(self) -> Coroutine[Any, Any, None]:
+        return self._relay.deliver(self._entry)
+
+
 class _Accepted(JSONResponse):
     """The 202, made in one step, as all of it but the id is known."""
 
@@ -179,8 +189,7 @@ class _Api:
         await self._outbox.writer.run(entry)
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
-        delivery = BackgroundTask(self._relay.deliver, entry)  # of nothing, if it is replayed
-        await _Accepted(entry, delivery)(scope, receive, send)
+        await _Accepted(entry, _Delivery(self._relay, entry))(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
@@ -264,8 +273,8 @@ class _Group:
         self._changed = threading.Condition(self._lock)
         self._threads, self._idle, self._woken = 0, 0, False
 
-    async def run(self, entry: _Entry) -> None:
-        """Return when the entry was handled."""
+    def run(self, entry: _Entry) -> Awaitable[object]:
+        """Queue the entry; what is awaited ends when it was handled."""
         try:
             loop: Any = asyncio.get_running_loop()
             waiter: Any = loop.create_future()
@@ -279,9 +288,13 @@ class _Group:
             if self._threads and (self._max_threads or not self.queued or self.queued[-1][2] != call_threadsafe):
                 call_soon(call_soon, self.wake)  # at the end of the next turn; once for many of one loop
             self.queued.append((entry, waiter, call_threadsafe))
-        while not (self._threads or self.wake()):  # no thread can be had now
+        handled = waiter.wait() if isinstance(waiter, anyio.Event) else waiter
+        return handled if self._threads or self.wake() else self._insist(handled)
+
+    async def _insist(self, handled: Awaitable[object]) -> None:
+        while not self.wake():  # no thread can be had now
             await anyio.sleep(_LINGER)
-        await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
+        await handled
 
     def wake(self) -> bool:
         """Have a thread handle what is queued, or if that is nothing, what was put off; False: no thread can be had."""
