@@ -105,6 +105,7 @@ class _Entry:
     """A notification on its way."""
 
     line: str  # at first without time and id; "": no notification, but a request to do what was put off
+    among: set[_Entry]  # those of the same origin that are pending
     key: str | None = None
     digest: str = ""  # of what a repeated key must come with, too
     seq: int = 0  # its number in the outbox; 0: it is not there
@@ -185,7 +186,7 @@ class _Api:
             raise HTTPException(400, "Make Idempotency-Key 1 to 255 printable ASCII characters.")
         message = await _read_message(headers.get(b"content-type", b""), receive)
         digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest() if key else ""
-        entry = _Entry(_text_of(email, message), key and key.decode(), digest)
+        entry = _Entry(_text_of(email, message), self._outbox.accepted, key and key.decode(), digest)
         await self._outbox.writer.run(entry)
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
@@ -273,8 +274,8 @@ class _Group:
         self._changed = threading.Condition(self._lock)
         self._threads, self._idle, self._woken = 0, 0, False
 
-    def run(self, entry: _Entry) -> Awaitable[object]:
-        """Queue the entry; what is awaited ends when it was handled."""
+    def run(self, entry: _Entry) -> Any:
+        """Queue the entry; what this returns can be awaited once, until the entry is handled."""
         try:
             loop: Any = asyncio.get_running_loop()
             waiter: Any = loop.create_future()
@@ -389,9 +390,9 @@ class _Outbox:
         """
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write, self._refuse), _Warnings(1)
-        self.pending: set[_Entry] = set()  # those that are ours and not delivered
+        self.accepted: set[_Entry] = set()  # those that are ours and not delivered, of this process's requests
+        self._adopted: set[_Entry] = set()  # and of the dead's
         self.waiting: dict[_Entry, bool] = {}  # those of them that are nobody's yet, nor set aside: who pops one has it
-        self._adopted: set[_Entry] = set()  # those of them that max_pending does not count
         self.unsynced: list[_Entry] = []  # what is in the log, but perhaps not on the disk
         self._undeleted: list[int] = []  # what is delivered; the rows go with the next commit
         self._db: sqlite3.Connection | None = None
@@ -400,9 +401,9 @@ class _Outbox:
 
     async def probe(self) -> tuple[str, int, int]:
         """Why it cannot be written, or ""; how many are pending (not set aside); how many of all failed last time."""
-        entry = _Entry("")
+        entry = _Entry("", set())
         await self.writer.run(entry)  # and so what was put before it is written first
-        ours = list(self.pending)
+        ours = [*self.accepted, *self._adopted]
         return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
 
     def settle(self, entries: list[_Entry], synced: bool = True) -> None:
@@ -411,8 +412,7 @@ class _Outbox:
             self._undeleted += [entry.seq for entry in entries]
             self.writer.wake()
         for entry in entries:
-            self.pending.discard(entry)
-            self._adopted.discard(entry)
+            entry.among.discard(entry)
 
     def _write(self, new: list[_Entry]) -> None:
         with self._lock:
@@ -435,7 +435,7 @@ class _Outbox:
             late = time.monotonic() + _LATE
             for seq, entry in enumerate(fresh, last - len(fresh) + 1):
                 entry.seq, entry.due = seq, late
-                self.pending.add(entry)
+                self.accepted.add(entry)
                 self.waiting[entry] = True
             if probed:
                 with suppress(sqlite3.Error):
@@ -447,11 +447,11 @@ class _Outbox:
         self._warn("the outbox cannot be written, and answers are 503", error)
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
             with suppress(Exception):  # over the failed one: it may be whole in the WAL, for a start to replay
-                self._write([_Entry("")])
+                self._write([_Entry("", set())])
 
     def _admit(self, db: sqlite3.Connection, new: list[_Entry], accepted_at: str, ids: str) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
-        now, room = time.time(), self._max_pending - (len(self.pending) - len(self._adopted))
+        now, room = time.time(), self._max_pending - len(self.accepted)
         fresh: list[_Entry] = []
         for i, entry in enumerate(new):
             known = db.execute(_FIND_KEY, (entry.key, now - _DAY)).fetchone() if entry.key else None
@@ -508,11 +508,11 @@ class _Outbox:
             now = time.monotonic()
             old = [entry for entry in list(self.waiting) if entry.since is not None or not entry.due > now]
             left = [entry for entry in old if self.waiting.pop(entry, False)]  # so that nobody takes it
-            pending = sum(entry.due != math.inf for entry in list(self.pending))
+            pending = sum(entry.due != math.inf for entry in [*self.accepted, *self._adopted])
             if len(left) < pending or self.unsynced or self._undeleted or not self._on_disk:
                 self.waiting |= dict.fromkeys(left, True)
                 return  # as it is in use, or in memory: it stays open until the process ends
-            self._db, self.pending, self.waiting, self._adopted = None, set(), {}, set()
+            self._db, self.accepted, self._adopted, self.waiting = None, set(), set(), {}
             self._let_go()
             (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
 
@@ -552,9 +552,8 @@ class _Outbox:
         with _transaction(self._adopt_db) as db:
             db.execute(_FORGET_KEYS, (time.time() - _DAY,))  # a batch of them, too, even if nobody is dead
             rows = db.execute(_CLAIM, (self._worker, json.dumps(dead))).fetchall()
-        adopted = [_Entry(line, seq=seq, due=math.nan) for line, seq in rows]
+        adopted = [_Entry(line, self._adopted, seq=seq, due=math.nan) for line, seq in rows]
         self._adopted.update(adopted)
-        self.pending.update(adopted)
         self.waiting |= dict.fromkeys(adopted, True)
         return len(rows)
 
@@ -678,7 +677,7 @@ class _Relay:
                 log.info("waiting at most %d s for %d notifications in hand", _DRAIN, len(self._in_relay))
         with anyio.move_on_after(_FLUSH), suppress(OSError, RuntimeError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
-                await self._group.run(_Entry(""))  # which syncs
+                await self._group.run(_Entry("", set()))  # which syncs
             await self._outbox.probe()  # which commits what was deleted
             if not self._lifespans:
                 await _in_thread(self._outbox.close)
@@ -774,7 +773,7 @@ class _Relay:
         now = time.monotonic()
         for entry in entries:
             is_first, entry.since = entry.since is None, entry.since or now
-            self._outbox.pending.add(entry)  # again, if it was settled
+            entry.among.add(entry)  # again, if it was settled
             entry.due = math.inf if set_aside else now + _backoff(now - entry.since, *self._pauses)
             if entry.due != math.inf:
                 self._outbox.waiting[entry] = True

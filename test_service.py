@@ -1810,6 +1810,14 @@ async def test_what_a_log_could_not_sync_waits_for_the_next_start_renamed_or_not
     assert sorted(n.id for path in (log, renamed) for n in read(path)) == sorted(a.json()["id"] for a in answers)
 
 
+async def test_what_was_adopted_and_not_synced_leaves_max_pending_to_what_comes_in(left, log, outbox, monkeypatch):
+    async with lifespan(create_app(log=log, outbox=outbox, max_pending=1)) as app:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", no_sync)
+            await settled(app, failed=len(left))
+        assert (await post(app)).status_code == 202
+
+
 async def test_a_task_that_comes_when_its_line_is_set_aside_writes_no_second(log, outbox, monkeypatch):
     may_end = anyio.Event()
 
