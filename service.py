@@ -34,7 +34,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -146,16 +146,6 @@ _DETAILS = {  # of what the framework raises
 }
 
 
-class _Delivery(BackgroundTask):
-    """The task of a 202, made with no look at what kind of function it calls; of nothing, if the 202 is replayed."""
-
-    def __init__(self, relay: _Relay, entry: _Entry) -> None:
-        self._relay, self._entry = relay, entry
-
-    def __call__(self) -> Coroutine[Any, Any, None]:
-        return self._relay.deliver(self._entry)
-
-
 class _Accepted(JSONResponse):
     """The 202, made in one step, as all of it but the id is known."""
 
@@ -190,7 +180,8 @@ class _Api:
         await self._outbox.writer.run(entry)
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
-        await _Accepted(entry, _Delivery(self._relay, entry))(scope, receive, send)
+        delivery = BackgroundTask(self._relay.deliver, entry)  # of nothing, if it is replayed
+        await _Accepted(entry, delivery)(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
@@ -274,8 +265,8 @@ class _Group:
         self._changed = threading.Condition(self._lock)
         self._threads, self._idle, self._woken = 0, 0, False
 
-    def run(self, entry: _Entry) -> Any:
-        """Queue the entry; what this returns can be awaited once, until the entry is handled."""
+    async def run(self, entry: _Entry) -> None:
+        """Return when the entry was handled."""
         try:
             loop: Any = asyncio.get_running_loop()
             waiter: Any = loop.create_future()
@@ -289,11 +280,6 @@ class _Group:
             if self._threads and (self._max_threads or not self.queued or self.queued[-1][2] != call_threadsafe):
                 call_soon(call_soon, self.wake)  # at the end of the next turn; once for many of one loop
             self.queued.append((entry, waiter, call_threadsafe))
-        if self._threads and not isinstance(waiter, anyio.Event):
-            return waiter  # itself, as one coroutine more takes half a microsecond
-        return self._wait(waiter)
-
-    async def _wait(self, waiter: Any) -> None:
         while not (self._threads or self.wake()):  # no thread can be had now
             await anyio.sleep(_LINGER)
         await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
@@ -512,7 +498,9 @@ class _Outbox:
             if len(left) < pending or self.unsynced or self._undeleted or not self._on_disk:
                 self.waiting |= dict.fromkeys(left, True)
                 return  # as it is in use, or in memory: it stays open until the process ends
-            self._db, self.accepted, self._adopted, self.waiting = None, set(), set(), {}
+            self._db = None
+            for kept in (self.accepted, self._adopted, self.waiting):
+                kept.clear()  # and not replaced, as a request that has not been written yet holds the first
             self._let_go()
             (self._folder / f"{self._worker}.lock").unlink(missing_ok=True)
 
