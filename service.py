@@ -49,7 +49,7 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("notify")
 
@@ -223,14 +223,6 @@ async def _read_message(content_type: bytes, receive: Receive) -> str:
     if not isinstance(message, str) or not re.fullmatch("[^\ud800-\udfff]{0,10000}", message):
         raise HTTPException(422, "Make message a string of at most 10,000 characters, with no lone surrogate.")
     return message
-
-
-def _route(path: str, endpoint: ASGIApp, method: str) -> Route:
-    """A Route that allows one slash at the end of the path, and no newline there, as Starlette's own would."""
-    route = Route(path, endpoint, methods=[method])
-    route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
-    route.app = endpoint  # Starlette would wrap it, as a function of a Request
-    return route
 
 
 # ------------------------------------------------------------------------------------------------ group commit
@@ -963,8 +955,11 @@ def create_app(
     box = _Outbox(outbox, max_pending, fsync)
     relay = _Relay(box, notify, _LogFile(log, fsync, box), delay, concurrency)
     api = _Api(box, relay, token)
-    send = _route("/send-notification/{email:path}", api.send_notification, "POST")
-    routes = [send, _route("/health", api.health, "GET"), _route("/openapi.json", api.openapi, "GET")]
+    send = Route("/send-notification/{email:path}", api.send_notification, methods=["POST"])
+    routes = [send, Route("/health", api.health), Route("/openapi.json", api.openapi)]
+    for route in routes:  # each allows one slash at the end, and no newline there, as Starlette's own pattern would
+        route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
+        route.app = route.endpoint  # Starlette would wrap it, as a function of a Request
     handlers = {HTTPException: api.refuse, Exception: api.refuse}
     service = Starlette(routes=routes, exception_handlers=handlers, lifespan=relay.lifespan)
     service.router.redirect_slashes = False
