@@ -397,15 +397,14 @@ class _Outbox:
             undeleted = self._undeleted.copy()
             if not new and not undeleted:
                 return
-            to_keep = [entry for entry in new if entry.line]
-            probed = len(to_keep) < len(new)  # somebody asks whether it can be written
+            probed = not all(entry.line for entry in new)  # somebody asks whether it can be written
             # Both once for all, and before other workers have to wait, as each call lets other threads take over.
             accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
-            ids = secrets.token_hex(16 * len(to_keep))
+            ids = secrets.token_hex(16 * len(new))
             with _transaction(self.open()) as db:
                 if undeleted:
                     db.execute(_DELETE, (json.dumps(undeleted),))
-                fresh = self._admit(db, to_keep, accepted_at, ids)
+                fresh = self._admit(db, [entry for entry in new if entry.line], accepted_at, ids)
                 last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
                 if probed:
                     db.execute(_PROBE)
