@@ -104,14 +104,14 @@ class Notification:
 class _Entry:
     """A notification on its way."""
 
-    line: str  # at first without time and id; "": no notification, but a request to do what was put off
+    line: str  # at first without time and id; "": only asks the writer whether it can write, or the log to be synced
     among: set[_Entry]  # those of the same origin that are pending
     key: str | None = None
     digest: str = ""  # of what a repeated key must come with, too
     seq: int = 0  # its number in the outbox; 0: it is not there
     replayed: str = ""  # the id that its key was given first
-    error: HTTPException | None = None  # the refusal; None, too, when the outbox cannot be written
-    failure: str = ""  # why the outbox cannot be written, for who asks
+    error: HTTPException | None = None  # the refusal; also None if the outbox cannot be written: see failure
+    failure: str = ""  # why the outbox cannot be written
     since: float | None = None  # when it failed first, on the monotonic clock
     due: float = 0.0  # when the relay may deliver it; inf: it is set aside; nan: not yet looked for in the log
 
@@ -134,7 +134,7 @@ def _read_line(line: str) -> Notification:
 # https://html.spec.whatwg.org/multipage/input.html#valid-e-mail-address
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _EMAIL = rf"^[a-zA-Z0-9.!#$%&'*+\/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
-_is_email = re.compile(_EMAIL).fullmatch  # ^ and $ are for who reads it in the OpenAPI document
+_is_email = re.compile(_EMAIL).fullmatch  # ^ and $ are for readers of the OpenAPI document
 # By default Python accepts NaN, which int refuses, and refuses integers of more than 4,300 digits.
 _read_json = json.JSONDecoder(parse_int=float, parse_constant=int).decode
 _MESSAGE = "some notification"
@@ -168,7 +168,7 @@ class _Api:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self._token.encode()):
                 raise HTTPException(401, "Send Authorization: Bearer <token>.", {"WWW-Authenticate": "Bearer"})
-        email = scope["path_params"]["email"].removesuffix("/")
+        email = scope["path_params"]["email"].removesuffix("/")  # as {email:path} takes it, too
         if len(email) > 254 or not _is_email(email):
             raise HTTPException(422, "Name one whole e-mail address in the path, such as user@example.com.")
         key = headers.get(b"idempotency-key")
@@ -180,8 +180,7 @@ class _Api:
         await self._outbox.writer.run(entry)
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
-        delivery = BackgroundTask(self._relay.deliver, entry)  # of nothing, if it is replayed
-        await _Accepted(entry, delivery)(scope, receive, send)
+        await _Accepted(entry, _Delivery(self._relay, entry))(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
@@ -235,7 +234,7 @@ async def _read_message(content_type: bytes, receive: Receive) -> str:
 # that batches grow with the load. A thread that gets nothing for a while ends; if it was woken meanwhile, it first
 # handles an empty list, for what was put off. Every queued entry is handled, even if nobody waits for it any more.
 
-_LINGER = 0.05  # seconds that a thread waits for entries, and that what is put off waits for company
+_LINGER = 0.05  # seconds that a thread waits for entries, and that a sync waits for more lines
 _PAUSE = 0.002  # seconds between two batches of lines, which nobody's answer waits for
 
 
@@ -243,16 +242,16 @@ def _wake_all(waiters: list[Any]) -> None:
     for waiter in waiters:
         if isinstance(waiter, anyio.Event):  # trio's
             waiter.set()
-        elif not waiter.done():  # as it is for who was cancelled
+        elif not waiter.done():  # it is, if whoever waited was cancelled
             waiter.set_result(None)
 
 
 class _Group:
-    """One thread that handles all that is queued; or up to most, of which each handles one entry at a time."""
+    """One thread that handles all that is queued; or up to most, each of which handles one entry at a time."""
 
     def __init__(self, handle: Callable[..., None], fail: Callable[..., None], most: int = 0, pause: float = 0) -> None:
-        self._handle, self._fail, self._max_threads, self._pause = handle, fail, most, pause
-        self.queued: list[tuple[_Entry, Any, Any]] = []  # each with who waits for it, and how threads call its loop
+        self._handle, self._fail, self._max_threads, self._pause = handle, fail, most, pause  # 0: one, which takes all
+        self.queued: list[tuple[_Entry, Any, Any]] = []  # each with what waits for it, and how threads call its loop
         self._lock = threading.RLock()  # no Lock: garbage is collected within, which may run a host's code that posts
         self._changed = threading.Condition(self._lock)
         self._threads, self._idle, self._woken = 0, 0, False
@@ -270,10 +269,10 @@ class _Group:
             call_soon = call_threadsafe = loop.run_sync_soon
         with self._lock:
             if self._threads and (self._max_threads or not self.queued or self.queued[-1][2] != call_threadsafe):
-                call_soon(call_soon, self.wake)  # at the end of the next turn; once for many of one loop
+                call_soon(call_soon, self.wake)  # in the next turn but one; once for many of one loop
             self.queued.append((entry, waiter, call_threadsafe))
         while not (self._threads or self.wake()):  # no thread can be had now
-            await anyio.sleep(_LINGER)
+            await anyio.sleep(_POLL)
         await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
 
     def wake(self) -> bool:
@@ -319,7 +318,7 @@ _SCHEMA = f"""
 BEGIN;
 CREATE TABLE IF NOT EXISTS pending (  -- what is accepted and not delivered
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    worker TEXT NOT NULL,  -- whose it is: of who holds the lock WORKER.lock
+    worker TEXT NOT NULL,  -- whose it is: that of the holder of WORKER.lock
     line TEXT NOT NULL     -- as in the log
 );
 CREATE TABLE IF NOT EXISTS keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest TEXT NOT NULL, at REAL NOT NULL)
@@ -361,7 +360,7 @@ class _Outbox:
         self._path, self._wal = self._folder / "outbox.db", self._folder / "outbox.db-wal"
         self._pragmas = f"""
             PRAGMA page_size = 2048;         -- bytes: most commits change a line or a few, and write whole pages
-            PRAGMA journal_mode = WAL;       -- who reads does not wait for who writes
+            PRAGMA journal_mode = WAL;       -- readers do not wait for the writer
             PRAGMA synchronous = {"FULL" if fsync else "NORMAL"};     -- FULL: a commit is on the disk
             PRAGMA wal_autocheckpoint = 256; -- pages: the WAL shall not fill a small disk; see adopt, too
             PRAGMA busy_timeout = 1;         -- ms: _transaction tries again, and adopt at its next look
@@ -370,8 +369,8 @@ class _Outbox:
         self.writer, self._warn = _Group(self._write, self._refuse), _Warnings(1)
         self.accepted: set[_Entry] = set()  # those that are ours and not delivered, of this process's requests
         self._adopted: set[_Entry] = set()  # and of the dead's
-        self.waiting: dict[_Entry, bool] = {}  # those of them that are nobody's yet, nor set aside: who pops one has it
-        self.unsynced: list[_Entry] = []  # what is in the log, but perhaps not on the disk
+        self.waiting: dict[_Entry, bool] = {}  # those of both that are nobody's, nor set aside: whoever pops one has it
+        self.unsynced: list[_Entry] = []  # the relay's: what is in the log, but perhaps not yet on its disk
         self._undeleted: list[int] = []  # what is delivered; the rows go with the next commit
         self._db: sqlite3.Connection | None = None
         self._lock = threading.RLock()  # held while it is opened, written or closed
@@ -385,7 +384,7 @@ class _Outbox:
         return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
 
     def settle(self, entries: list[_Entry], synced: bool = True) -> None:
-        """Count these as delivered; their rows go with the next commit, unless a sync is still to come."""
+        """Count these as delivered; their rows go with the next commit, or if unsynced, when this is called again."""
         if synced:
             self._undeleted += [entry.seq for entry in entries]
             self.writer.wake()
@@ -398,7 +397,7 @@ class _Outbox:
             if not new and not undeleted:
                 return
             probed = not all(entry.line for entry in new)  # somebody asks whether it can be written
-            # Both once for all, and before other workers have to wait, as each call lets other threads take over.
+            # Once for all, and before others have to wait for our lock, as each call may give up the interpreter.
             accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
             ids = secrets.token_hex(16 * len(new))
             with _transaction(self.open()) as db:
@@ -423,7 +422,7 @@ class _Outbox:
             entry.replayed, entry.error, entry.failure = "", None, str(error) or repr(error)
         self._warn("the outbox cannot be written, and answers are 503", error)
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
-            with suppress(Exception):  # over the failed one: it may be whole in the WAL, for a start to replay
+            with suppress(Exception):  # over the failed commit, which may be whole in the WAL, for a start to replay
                 self._write([_Entry("", set())])
 
     def _admit(self, db: sqlite3.Connection, new: list[_Entry], accepted_at: str, ids: str) -> list[_Entry]:
@@ -444,7 +443,7 @@ class _Outbox:
                 if entry.key:
                     db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], entry.digest, now))
         if any(entry.key for entry in fresh):
-            db.execute(_FORGET_KEYS, (now - _DAY,))  # as adopt does; but in memory that has another database
+            db.execute(_FORGET_KEYS, (now - _DAY,))  # as _claim does; but in memory that has another database
         return fresh
 
     def open(self) -> sqlite3.Connection:
@@ -472,7 +471,7 @@ class _Outbox:
             script = self._pragmas + (_SCHEMA if not self._on_disk or _is_new(self._path, self._wal) else "")
             db, self._adopt_db = (opened.enter_context(_connected(self._path, script)) for _ in range(2))
             self._inode = self._path.stat().st_ino if self._on_disk else 0
-            list(self._dead_of(path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")))  # removes theirs
+            list(self._dead_of(path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")))  # whose locks go
             self._worker = secrets.token_hex(8)
             opened.enter_context(_connected(self._folder / f"{self._worker}.lock", _LOCK))
             self._let_go = weakref.finalize(self, opened.pop_all().close)  # called by close, or when the app is dropped
@@ -480,15 +479,15 @@ class _Outbox:
             return db
 
     def close(self) -> None:
-        """Close it, unless something is in hand; its rows stay for who adopts them."""
+        """Close it, unless an entry is in hand or may still be taken; its rows stay for whoever adopts them."""
         with self.adopting, self._lock, _connected(self._folder / "outbox.lock", _LOCK):  # nobody starts meanwhile
             now = time.monotonic()
-            old = [entry for entry in list(self.waiting) if entry.since is not None or not entry.due > now]
+            old = [entry for entry in list(self.waiting) if entry.since is not None or not entry.due > now]  # nan, too
             left = [entry for entry in old if self.waiting.pop(entry, False)]  # so that nobody takes it
             pending = sum(entry.due != math.inf for entry in [*self.accepted, *self._adopted])
             if len(left) < pending or self.unsynced or self._undeleted or not self._on_disk:
                 self.waiting |= dict.fromkeys(left, True)
-                return  # as it is in use, or in memory: it stays open until the process ends
+                return  # in hand, soon to be, or in memory: it stays open until the process ends
             self._db = None
             for kept in (self.accepted, self._adopted, self.waiting):
                 kept.clear()  # and not replaced, as a request that has not been written yet holds the first
@@ -504,10 +503,10 @@ class _Outbox:
             dead = list(self._dead_of(worker for (worker,) in self._adopt_db.execute(_OTHERS, (self._worker,))))
             untried = sum(entry.since is None for entry in list(self._adopted))
             try:
-                self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or the WAL never gets smaller
                 while untried < _MOST_ADOPTED and (claimed := self._claim(dead)):
                     untried += claimed
-            finally:  # of those, too, that an earlier look has claimed
+            finally:  # and for what an earlier look has claimed and could not look for
                 if unsearched := [entry for entry in list(self.waiting) if math.isnan(entry.due)]:
                     log.info("looking in the log for %d notifications that the dead left", len(unsearched))
                     delivered = find_delivered({entry.line[_ID] for entry in unsearched})
@@ -542,7 +541,7 @@ def _transaction(db: sqlite3.Connection) -> sqlite3.Connection:
     while not db.in_transaction:
         try:
             db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as exc:  # SQLite's own pauses grow: who waits longest would starve
+        except sqlite3.OperationalError as exc:  # SQLite's own pauses grow: the longest to wait would starve
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
     return db  # as a context manager it commits, or rolls back
@@ -562,7 +561,7 @@ def _connected(path: Path, script: str = "", wait: float = _LOCK_WAIT) -> Iterat
 def _is_new(path: Path, wal: Path) -> bool:
     """Whether the database is still to be filled; makes its file. Raises, and changes nothing, if it is unusable."""
     size, changes = path.stat().st_size if path.exists() else 0, b""
-    with suppress(FileNotFoundError):  # as it goes with the last who closes the database
+    with suppress(FileNotFoundError):  # it goes when the last of all closes the database
         changes = wal.read_bytes()
     if not size and not changes:
         path.touch(0o600)  # for nobody else, from the first moment
@@ -603,36 +602,43 @@ _LOG_PAUSES = 0.1, 30.0, math.inf  # seconds: the first pause, the longest, and 
 _OWN_PAUSES = 1.0, 900.0, _DAY
 
 
+class _Delivery(BackgroundTask):
+    """The task of a 202; it raises nothing but its own cancellation. For a replayed one there is nothing to do."""
+
+    def __init__(self, relay: _Relay, entry: _Entry) -> None:
+        self._relay, self._entry = relay, entry  # no function: Starlette would look up how to call it
+
+    async def __call__(self) -> None:
+        relay, entry = self._relay, self._entry
+        try:
+            if not relay.lifespans or len(relay.in_requests) < relay.most_in_hand:
+                await relay.attempt(entry, relay.in_requests, relay.delay)
+            elif entry in relay.outbox.waiting:
+                entry.due = time.monotonic() + relay.delay
+            await relay.catch_up()
+        except GeneratorExit:  # from the notifier; or from whoever closes this coroutine, which then may not wait again
+            return
+
+
 class _Relay:
     """Delivers: at once as a request's background task, and later what had no task, failed or was left."""
 
     def __init__(self, outbox: _Outbox, notify: Any, file: _LogFile, delay: float, threads: int) -> None:
         own = notify is not None
-        self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
+        self.outbox, self._notify, self._file, self.delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
         set_aside = partial(self._fail, set_aside=True)  # the lines may be in the log
         self._group = _Group(self._call, self._fail, threads) if own else _Group(self._append, set_aside, pause=_PAUSE)
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
-        self._lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
-        self._in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
-        self._most_in_hand = max(500, threads)  # in each of the two; the rest waits in the outbox, with little memory
+        self.lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
+        self.in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
+        self.most_in_hand = max(500, threads)  # in each, where a lifespan runs; the rest waits, with little memory
         self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
-
-    async def deliver(self, entry: _Entry) -> None:
-        """A request's background task; raises nothing but its own cancellation."""
-        try:
-            if not self._lifespans or len(self._in_requests) < self._most_in_hand:
-                await self._attempt(entry, self._in_requests, self._delay)
-            elif entry in self._outbox.waiting:
-                entry.due = time.monotonic() + self._delay
-            await self.catch_up()
-        except GeneratorExit:  # the notifier's, or this task is being closed, and may not wait again
-            return
 
     async def catch_up(self) -> None:
         """Without a lifespan, do what needs a clock, after every answer but the OpenAPI document."""
-        while not self._lifespans and time.monotonic() >= self._next_step and len(self._in_relay) < self._most_in_hand:
+        while not self.lifespans and time.monotonic() >= self._next_step and len(self._in_relay) < self.most_in_hand:
             async with anyio.create_task_group() as tasks:
                 await self._adopt()
                 self._step(tasks.start_soon)
@@ -640,26 +646,26 @@ class _Relay:
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
-        await _in_thread(self._outbox.open)
+        await _in_thread(self.outbox.open)
         clock, error = anyio.CancelScope(), None
         async with anyio.create_task_group() as tasks:
-            self._lifespans.add(clock)
+            self.lifespans.add(clock)
             tasks.start_soon(self._keep_time, clock, tasks.start_soon)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
                 error = exc
             finally:
-                self._lifespans.discard(clock)
+                self.lifespans.discard(clock)
                 clock.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
                 log.info("waiting at most %d s for %d notifications in hand", _DRAIN, len(self._in_relay))
         with anyio.move_on_after(_FLUSH), suppress(OSError, RuntimeError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
                 await self._group.run(_Entry("", set()))  # which syncs
-            await self._outbox.probe()  # which commits what was deleted
-            if not self._lifespans:
-                await _in_thread(self._outbox.close)
+            await self.outbox.probe()  # which commits what was deleted
+            if not self.lifespans:
+                await _in_thread(self.outbox.close)
                 self._next_look = 0.0
         if error:
             raise error
@@ -667,36 +673,36 @@ class _Relay:
     async def _keep_time(self, clock: anyio.CancelScope, start_soon: Callable[..., object]) -> None:
         pause = _POLL
         with clock:
-            while clock in self._lifespans:  # as a sleep that is over swallows the cancellation
+            while clock in self.lifespans:  # as a sleep that is over swallows the cancellation
                 start_soon(self._adopt)  # beside the rest, as it may take long to search the log
                 self._step(start_soon)
                 await anyio.sleep(pause)
-                pause = _POLL if self._outbox.waiting or self._in_requests or self._in_relay else min(2 * pause, 1)
+                pause = _POLL if self.outbox.waiting or self.in_requests or self._in_relay else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
         """Every _LOOK seconds take over what the dead left, unless somebody is at it."""
-        if time.monotonic() >= self._next_look and not self._outbox.adopting.locked():
+        if time.monotonic() >= self._next_look and not self.outbox.adopting.locked():
             self._next_look = time.monotonic() + _LOOK
             try:
-                await _in_thread(self._outbox.adopt, self._find_delivered)
+                await _in_thread(self.outbox.adopt, self._find_delivered)
             except Exception as exc:
                 self._warn("what is left in the outbox has to wait", exc)
 
     def _step(self, start_soon: Callable[..., object]) -> None:
         """Start to deliver what is due, as far as there is room."""
-        for group in (self._outbox.writer, self._group):
-            if group.queued:  # as no thread could be had, and who waited was cancelled
+        for group in (self.outbox.writer, self._group):
+            if group.queued:  # as no thread could be had, and whoever waited was cancelled
                 group.wake()
         now = time.monotonic()
-        due = [entry for entry in list(self._outbox.waiting) if entry.due <= now]
-        room = max(0, self._most_in_hand - len(self._in_relay))
+        due = [entry for entry in list(self.outbox.waiting) if entry.due <= now]
+        room = max(0, self.most_in_hand - len(self._in_relay))
         for entry in due[:room]:
-            start_soon(self._attempt, entry, self._in_relay)
+            start_soon(self.attempt, entry, self._in_relay)
         self._next_step = now if len(due) > room else now + _POLL  # now: so that catch_up goes on
 
-    async def _attempt(self, entry: _Entry, in_hand: set[_Entry], delay: float = 0.0) -> None:
+    async def attempt(self, entry: _Entry, in_hand: set[_Entry], delay: float = 0.0) -> None:
         """Deliver the entry, unless somebody has it in hand."""
-        if not self._outbox.waiting.pop(entry, False):
+        if not self.outbox.waiting.pop(entry, False):
             return
         in_hand.add(entry)
         try:
@@ -704,12 +710,14 @@ class _Relay:
                 await anyio.sleep(delay)
             if self._is_async:
                 await self._notify(_read_line(entry.line))
-                self._outbox.settle([entry])
+                self.outbox.settle([entry])
         except BaseException as exc:
             self._fail([entry], exc)
-            if in_hand is self._in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
-                raise  # but not in a task of the relay's: it would end all others
-            if isinstance(exc, BaseExceptionGroup):  # of a trio nursery: if this task is cancelled, it says so again
+            if in_hand is self.in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
+                raise  # but not in a task of the relay's, where it would end all others
+            if isinstance(
+                exc, BaseExceptionGroup
+            ):  # a trio nursery wraps a cancellation, which the sleep then raises again
                 await anyio.sleep(0)
         else:
             if not self._is_async:
@@ -722,30 +730,31 @@ class _Relay:
             result = self._notify(_read_line(entry.line))
             if isinstance(result, Awaitable | Generator | AsyncGenerator):
                 raise TypeError("notify returned what nobody runs: make it a def or an async def, with no yield")
-            self._outbox.settle([entry])
+            self.outbox.settle([entry])
 
     def _append(self, entries: list[_Entry]) -> None:
         """Append what is new; sync at most once per _LINGER, or when asked to, and only then delete the rows."""
         new = [entry for entry in entries if entry.line]
+        asked = len(new) < len(entries)
         try:
             if new:
                 self._file.append([entry.line for entry in new])
         except BaseException as exc:
             self._fail(new, exc, set_aside=exc.__context__ is not None)  # as some lines may have stayed
         else:
-            self._outbox.unsynced += new
-            self._outbox.settle(new, synced=False)
-        if new == entries and time.monotonic() < self._last_sync + _LINGER:
+            self.outbox.unsynced += new
+            self.outbox.settle(new, synced=False)
+        if not asked and time.monotonic() < self._last_sync + _LINGER:
             self._group.wake()
             return  # to sync later: with the next lines, or when none come
         self._last_sync = time.monotonic()
         try:
             self._file.sync()
-            self._outbox.settle(self._outbox.unsynced)
+            self.outbox.settle(self.outbox.unsynced)
         except BaseException as exc:  # to sync again would prove nothing
-            self._fail(self._outbox.unsynced, exc, set_aside=True)
+            self._fail(self.outbox.unsynced, exc, set_aside=True)
         finally:
-            self._outbox.unsynced.clear()
+            self.outbox.unsynced.clear()
 
     def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
         """Have the entries wait for another attempt, or if they are set aside, for the next start."""
@@ -755,7 +764,7 @@ class _Relay:
             entry.among.add(entry)  # again, if it was settled
             entry.due = math.inf if set_aside else now + _backoff(now - entry.since, *self._pauses)
             if entry.due != math.inf:
-                self._outbox.waiting[entry] = True
+                self.outbox.waiting[entry] = True
             if is_first or entry.due == math.inf:
                 fate = "waits for the next start" if entry.due == math.inf else "is tried again"
                 self._warn(f"notification %s failed, and {fate}", error, entry.line[_ID])
@@ -783,7 +792,7 @@ class _Warnings:
         recent = self._recent.get(message, self._never)
         if recent[0] < time.monotonic() - 60:
             self._recent[message] = [*recent[1:], time.monotonic()]
-            with suppress(Exception):  # whatever the error does when it is printed, or who handles the record
+            with suppress(Exception):  # whatever the error does when it is printed, or a handler of the record
                 log.warning(f"{message}: %.500r", *args, "".join(format_exception_only(error)).strip())
 
 
@@ -800,10 +809,10 @@ class _LogFile:
     def __init__(self, path: str | Path, fsync: bool, outbox: _Outbox) -> None:
         self._path, self._fsync, self._outbox = Path(path).absolute(), fsync, outbox
         self._files: list[io.FileIO] = []  # open from a line to the next sync; more than one only if it was renamed
-        self._place: str | int = ""  # of the last of them, as the system tells it
+        self._place: str | int = ""  # of the last of them: its path as the system tells it, or its inode
 
     def append(self, lines: list[str]) -> None:
-        """Append all lines, or raise and append none; if the error has a context, the cut failed, and some may stay."""
+        """To a file append all lines, or raise and append none; if the error has a context, some may have stayed."""
         data = "\n".join([*lines, ""]).encode()
         with _transaction(self._outbox.log_lock):  # so that one worker writes at a time
             file = self._open()
@@ -831,7 +840,7 @@ class _LogFile:
         return self._files[-1]
 
     def _place_of(self, file: io.FileIO) -> str | int:
-        with suppress(OSError):  # first, as to stat it has its next write record the time anew, which costs I/O
+        with suppress(OSError):  # first, as a stat has the next write record the time anew, which costs I/O
             return os.readlink(f"/proc/self/fd/{file.fileno()}")
         return self._path.exists() and self._path.stat().st_ino  # this is not Linux
 
@@ -849,11 +858,11 @@ class _LogFile:
             looks += 1
             for path in _named_like(self._path) + _named_like(self._path.resolve()):  # as it may be a link
                 with suppress(FileNotFoundError, PermissionError), path.open(encoding="latin-1", newline="\n") as file:
-                    if (status := os.fstat(file.fileno()))[1:3] not in seen:  # its number and its disk's
+                    if (status := os.fstat(file.fileno()))[1:3] not in seen:  # inode and device
                         seen.add(status[1:3])
                         looks = 0
                         found.update(line[_ID] for line in file if line[_ID] in ids and line.endswith("\n"))
-                        if self._fsync and os.name == "posix":  # as who wrote them may have died before
+                        if self._fsync and os.name == "posix":  # as their writer may have died before it did
                             os.fsync(file.fileno())
         return found
 
@@ -866,7 +875,7 @@ def _named_like(log: Path) -> list[Path]:
 
 
 def _cut_torn_line(file: io.FileIO) -> int:
-    """Cut what a crash has left after the last whole line; where the file ends then."""
+    """Cut what follows the last newline, as a crash has left it; where the file ends then."""
     end = size = file.seek(0, os.SEEK_END)
     tail = b""
     while end and b"\n" not in tail:
