@@ -509,10 +509,11 @@ class _Outbox:
             finally:  # and for what an earlier look has claimed and could not look for
                 if unsearched := [entry for entry in list(self.waiting) if math.isnan(entry.due)]:
                     log.info("looking in the log for %d notifications that the dead left", len(unsearched))
-                    delivered = find_delivered({entry.line[_ID] for entry in unsearched})
-                    self.settle(
-                        [entry for entry in unsearched if entry.line[_ID] in delivered and self.waiting.pop(entry)]
-                    )
+                    ids = find_delivered({entry.line[_ID] for entry in unsearched})
+                    delivered = [entry for entry in unsearched if entry.line[_ID] in ids]
+                    for entry in delivered:
+                        del self.waiting[entry]
+                    self.settle(delivered)
                     for entry in unsearched:
                         entry.due = 0.0
 
@@ -715,9 +716,7 @@ class _Relay:
             self._fail([entry], exc)
             if in_hand is self.in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
                 raise  # but not in a task of the relay's, where it would end all others
-            if isinstance(
-                exc, BaseExceptionGroup
-            ):  # a trio nursery wraps a cancellation, which the sleep then raises again
+            if isinstance(exc, BaseExceptionGroup):  # a trio nursery wraps a cancellation, which is raised here again
                 await anyio.sleep(0)
         else:
             if not self._is_async:
