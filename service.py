@@ -36,7 +36,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -105,7 +105,7 @@ class _Entry:
     """A notification on its way."""
 
     line: str  # at first without time and id; "": only asks the writer whether it can write, or the log to be synced
-    among: set[_Entry]  # those of the same origin that are pending
+    among: set[_Entry] = field(repr=False)  # those of the same origin that are pending
     key: str | None = None
     digest: str = ""  # of what a repeated key must come with, too
     seq: int = 0  # its number in the outbox; 0: it is not there
