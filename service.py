@@ -105,7 +105,7 @@ class _Entry:
     """A notification on its way."""
 
     line: str  # at first without time and id; "": only asks the writer whether it can write, or the log to be synced
-    among: set[_Entry] = field(repr=False)  # those of the same origin that are pending
+    among: set[_Entry] = field(repr=False)  # those of the same origin that are not delivered
     key: str | None = None
     digest: str = ""  # of what a repeated key must come with, too
     seq: int = 0  # its number in the outbox; 0: it is not there
@@ -234,7 +234,7 @@ async def _read_message(content_type: bytes, receive: Receive) -> str:
 # that batches grow with the load. A thread that gets nothing for a while ends; if it was woken meanwhile, it first
 # handles an empty list, for what was put off. Every queued entry is handled, even if nobody waits for it any more.
 
-_LINGER = 0.05  # seconds that a thread waits for entries, and that a sync waits for more lines
+_LINGER = 0.05  # seconds that a thread waits for entries, and at least between two syncs
 _PAUSE = 0.002  # seconds between two batches of lines, which nobody's answer waits for
 
 
@@ -250,7 +250,7 @@ class _Group:
     """One thread that handles all that is queued; or up to most, each of which handles one entry at a time."""
 
     def __init__(self, handle: Callable[..., None], fail: Callable[..., None], most: int = 0, pause: float = 0) -> None:
-        self._handle, self._fail, self._max_threads, self._pause = handle, fail, most, pause  # 0: one, which takes all
+        self._handle, self._fail, self._max_threads, self._pause = handle, fail, most, pause  # most 0: one takes all
         self.queued: list[tuple[_Entry, Any, Any]] = []  # each with what waits for it, and how threads call its loop
         self._lock = threading.RLock()  # no Lock: garbage is collected within, which may run a host's code that posts
         self._changed = threading.Condition(self._lock)
@@ -368,8 +368,8 @@ class _Outbox:
         self._max_pending = max_pending
         self.writer, self._warn = _Group(self._write, self._refuse), _Warnings(1)
         self.accepted: set[_Entry] = set()  # those that are ours and not delivered, of this process's requests
-        self._adopted: set[_Entry] = set()  # and of the dead's
-        self.waiting: dict[_Entry, bool] = {}  # those of both that are nobody's, nor set aside: whoever pops one has it
+        self._adopted: set[_Entry] = set()  # and those that the dead left
+        self.waiting: dict[_Entry, bool] = {}  # those neither in hand nor set aside: whoever pops one has it
         self.unsynced: list[_Entry] = []  # the relay's: what is in the log, but perhaps not yet on its disk
         self._undeleted: list[int] = []  # what is delivered; the rows go with the next commit
         self._db: sqlite3.Connection | None = None
@@ -384,7 +384,7 @@ class _Outbox:
         return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
 
     def settle(self, entries: list[_Entry], synced: bool = True) -> None:
-        """Count these as delivered; their rows go with the next commit, or if unsynced, when this is called again."""
+        """Count these as delivered; their rows go with the next commit; if unsynced, once this is called again."""
         if synced:
             self._undeleted += [entry.seq for entry in entries]
             self.writer.wake()
@@ -397,7 +397,7 @@ class _Outbox:
             if not new and not undeleted:
                 return
             probed = not all(entry.line for entry in new)  # somebody asks whether it can be written
-            # Once for all, and before others have to wait for our lock, as each call may give up the interpreter.
+            # Once for all, and before other workers wait for our transaction, as each call may give up the interpreter.
             accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
             ids = secrets.token_hex(16 * len(new))
             with _transaction(self.open()) as db:
@@ -487,7 +487,7 @@ class _Outbox:
             pending = sum(entry.due != math.inf for entry in [*self.accepted, *self._adopted])
             if len(left) < pending or self.unsynced or self._undeleted or not self._on_disk:
                 self.waiting |= dict.fromkeys(left, True)
-                return  # in hand, soon to be, or in memory: it stays open until the process ends
+                return  # in hand, soon to be, not yet synced or deleted, or in memory: it stays open
             self._db = None
             for kept in (self.accepted, self._adopted, self.waiting):
                 kept.clear()  # and not replaced, as a request that has not been written yet holds the first
@@ -506,7 +506,7 @@ class _Outbox:
                 self._adopt_db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or the WAL never gets smaller
                 while untried < _MOST_ADOPTED and (claimed := self._claim(dead)):
                     untried += claimed
-            finally:  # and for what an earlier look has claimed and could not look for
+            finally:  # also for what an earlier look has claimed and could not search for
                 if unsearched := [entry for entry in list(self.waiting) if math.isnan(entry.due)]:
                     log.info("looking in the log for %d notifications that the dead left", len(unsearched))
                     ids = find_delivered({entry.line[_ID] for entry in unsearched})
@@ -604,7 +604,7 @@ _OWN_PAUSES = 1.0, 900.0, _DAY
 
 
 class _Delivery(BackgroundTask):
-    """The task of a 202; it raises nothing but its own cancellation. For a replayed one there is nothing to do."""
+    """The task of a 202; it raises nothing but its own cancellation. For a replayed one there is nothing to deliver."""
 
     def __init__(self, relay: _Relay, entry: _Entry) -> None:
         self._relay, self._entry = relay, entry  # no function: Starlette would look up how to call it
@@ -634,7 +634,7 @@ class _Relay:
         self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
         self.lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
         self.in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
-        self.most_in_hand = max(500, threads)  # in each, where a lifespan runs; the rest waits, with little memory
+        self.most_in_hand = max(500, threads)  # in each; in requests only where a lifespan runs. The rest waits
         self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
 
     async def catch_up(self) -> None:
@@ -811,7 +811,7 @@ class _LogFile:
         self._place: str | int = ""  # of the last of them: its path as the system tells it, or its inode
 
     def append(self, lines: list[str]) -> None:
-        """To a file append all lines, or raise and append none; if the error has a context, some may have stayed."""
+        """Append all lines to a file, or raise and append none; if the error has a context, some may have stayed."""
         data = "\n".join([*lines, ""]).encode()
         with _transaction(self._outbox.log_lock):  # so that one worker writes at a time
             file = self._open()
@@ -964,7 +964,7 @@ def create_app(
     api = _Api(box, relay, token)
     send = Route("/send-notification/{email:path}", api.send_notification, methods=["POST"])
     routes = [send, Route("/health", api.health), Route("/openapi.json", api.openapi)]
-    for route in routes:  # each allows one slash at the end, and no newline there, as Starlette's own pattern would
+    for route in routes:  # each allows one slash at the end, and, unlike Starlette's own pattern, no newline
         route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"/?\Z", re.DOTALL)
         route.app = route.endpoint  # Starlette would wrap it, as a function of a Request
     handlers = {HTTPException: api.refuse, Exception: api.refuse}

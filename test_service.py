@@ -1324,6 +1324,12 @@ async def test_eight_that_start_at_once_on_what_a_dead_process_left_write_it_onc
     assert sorted(n.id for n in read(log)) == sorted([own, *left])
 
 
+def test_an_entry_is_printed_without_those_that_are_pending_beside_it():
+    pending = set()
+    pending.update(service._Entry(line, pending) for line in ("mine", "theirs"))
+    assert not any("mine" in repr(entry) and "theirs" in repr(entry) for entry in pending)
+
+
 @pytest.mark.parametrize("fails", [True, False], ids=["failed", "delivered"])
 async def test_what_was_adopted_is_pending_and_leaves_max_pending_to_what_comes_in(left, outbox, fails):
     gate, adopted = Gate(), []
