@@ -34,14 +34,14 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from traceback import format_exception_only
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -177,10 +177,11 @@ class _Api:
         message = await _read_message(headers.get(b"content-type", b""), receive)
         digest = hashlib.sha256(f"{email}\n{message}".encode()).hexdigest() if key else ""
         entry = _Entry(_text_of(email, message), self._outbox.accepted, key and key.decode(), digest)
-        await self._outbox.writer.run(entry)
+        loop = _this_loop()
+        await self._outbox.writer.run(entry, loop)
         if not entry.seq and not entry.replayed:
             raise entry.error or HTTPException(503, "The outbox cannot be written: try again later.", _RETRY)
-        await _Accepted(entry, _Delivery(self._relay, entry))(scope, receive, send)
+        await _Accepted(entry, _Delivery(self._relay, entry, loop))(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         error, pending, failed = await self._outbox.probe()
@@ -238,11 +239,38 @@ _LINGER = 0.05  # seconds that a thread waits for entries, and at least between 
 _PAUSE = 0.002  # seconds between two batches of lines, which nobody's answer waits for
 
 
-def _wake_all(waiters: list[Any]) -> None:
+class _TrioLoop(NamedTuple):
+    """What is used here of an asyncio loop, by trio's; equal to any other of the same run."""
+
+    call_soon: Callable[..., None]
+    call_soon_threadsafe: Callable[..., None]
+
+    def create_future(self) -> _TrioFuture:
+        return _TrioFuture()
+
+
+class _TrioFuture:
+    def __init__(self) -> None:
+        event = anyio.Event()
+        self.done, self.set_result, self._wait = event.is_set, lambda _: event.set(), event.wait
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._wait().__await__()
+
+
+def _this_loop() -> Any:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
+
+        token: Any = current_token().native_token
+        return _TrioLoop(token.run_sync_soon, token.run_sync_soon)
+
+
+def _tell(waiters: list[Any]) -> None:
     for waiter in waiters:
-        if isinstance(waiter, anyio.Event):  # trio's
-            waiter.set()
-        elif not waiter.done():  # it is, if whoever waited was cancelled
+        if not waiter.done():  # it is, if whoever waited was cancelled
             waiter.set_result(None)
 
 
@@ -250,38 +278,39 @@ class _Group:
     """One thread that handles all that is queued; or up to most, each of which handles one entry at a time."""
 
     def __init__(self, handle: Callable[..., None], fail: Callable[..., None], most: int = 0, pause: float = 0) -> None:
-        self._handle, self._fail, self._max_threads, self._pause = handle, fail, most, pause  # most 0: one takes all
-        self.queued: list[tuple[_Entry, Any, Any]] = []  # each with what waits for it, and how threads call its loop
+        self._handle, self._fail, self._pause = handle, fail, pause
+        self._max_threads, self._at_once = most or 1, 1 if most else None
+        self.queued: list[tuple[_Entry, Any, Any]] = []  # each with what waits for it, and the loop that this is of
         self._lock = threading.RLock()  # no Lock: garbage is collected within, which may run a host's code that posts
         self._changed = threading.Condition(self._lock)
-        self._threads, self._idle, self._woken = 0, 0, False
+        self._threads, self._busy, self._woken = 0, 0, False
+        self._waking: Any = None  # the loop that is about to call wake
 
-    async def run(self, entry: _Entry) -> None:
-        """Return when the entry was handled."""
-        try:
-            loop: Any = asyncio.get_running_loop()
-            waiter: Any = loop.create_future()
-            call_soon, call_threadsafe = loop.call_soon, loop.call_soon_threadsafe
-        except RuntimeError:
-            from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
+    def run(self, entry: _Entry, loop: Any) -> Any:
+        """Have the entry handled, and return what tells the loop, which is this one, that it was."""
+        waiter = loop.create_future()
+        self.queued.append((entry, waiter, loop))  # first, as a thread that ends looks once more what is queued
+        if not self._threads:
+            return waiter if self.wake() else self._wait_without_thread(waiter)
+        if self._waking != loop:
+            loop.call_soon(loop.call_soon, self.wake)  # in the next turn but one; once for many of one loop
+            self._waking = loop
+        return waiter
 
-            loop, waiter = current_token().native_token, anyio.Event()
-            call_soon = call_threadsafe = loop.run_sync_soon
-        with self._lock:
-            if self._threads and (self._max_threads or not self.queued or self.queued[-1][2] != call_threadsafe):
-                call_soon(call_soon, self.wake)  # in the next turn but one; once for many of one loop
-            self.queued.append((entry, waiter, call_threadsafe))
-        while not (self._threads or self.wake()):  # no thread can be had now
+    async def _wait_without_thread(self, waiter: Awaitable[None]) -> None:
+        while not self.wake():
             await anyio.sleep(_POLL)
-        await (waiter.wait() if isinstance(waiter, anyio.Event) else waiter)
+        await waiter
 
     def wake(self) -> bool:
         """Have a thread handle what is queued, or if that is nothing, what was put off; False: no thread can be had."""
+        self._waking = None
         with self._lock:
             self._woken = True
-            self._changed.notify()
-            if self._threads < max(1, self._max_threads) and self._idle < max(1, len(self.queued)):
-                with suppress(RuntimeError, MemoryError):
+            wanted = max(1, len(self.queued))
+            self._changed.notify(wanted)
+            with suppress(RuntimeError, MemoryError):
+                while self._threads < min(self._busy + wanted, self._max_threads):
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
                     self._threads += 1
             return self._threads > 0
@@ -289,26 +318,28 @@ class _Group:
     def _work(self) -> None:
         while True:
             with self._lock:
-                self._idle += 1
-                came = self._changed.wait_for(lambda: self.queued, _LINGER)
-                self._idle -= 1
-                if not came and not self._woken:
+                if not self._changed.wait_for(lambda: self.queued, _LINGER) and not self._woken:
                     self._threads -= 1
-                    return
+                    if not self.queued:
+                        return
+                    self._threads += 1
                 self._woken = False
-                taken = self.queued[: 1 if self._max_threads else None]
-                del self.queued[: len(taken)]
+                taken = self.queued[: self._at_once]
+                del self.queued[: len(taken)]  # no more than these, as others come meanwhile
+                self._busy += 1
             entries = [entry for entry, _, _ in taken]
             try:
                 self._handle(entries)
             except BaseException as exc:  # which ends no thread, and no wait
                 with suppress(BaseException):
                     self._fail(entries, exc)
-            for call_threadsafe in {call_threadsafe for _, _, call_threadsafe in taken}:
+            for loop in {loop for _, _, loop in taken}:
                 with suppress(Exception):  # the loop is closed, and nobody waits
-                    call_threadsafe(_wake_all, [waiter for _, waiter, theirs in taken if theirs == call_threadsafe])
+                    loop.call_soon_threadsafe(_tell, [waiter for _, waiter, theirs in taken if theirs == loop])
             if self._pause:  # as a sleep of 0 would give up the interpreter, too
                 time.sleep(self._pause)  # no answer waits for this thread: let the next batch gather
+            with self._lock:
+                self._busy -= 1
 
 
 # ------------------------------------------------------------------------------------------------------ outbox
@@ -379,7 +410,7 @@ class _Outbox:
     async def probe(self) -> tuple[str, int, int]:
         """Why it cannot be written, or ""; how many are pending (not set aside); how many of all failed last time."""
         entry = _Entry("", set())
-        await self.writer.run(entry)  # and so what was put before it is written first
+        await self.writer.run(entry, _this_loop())  # and so what was put before it is written first
         ours = [*self.accepted, *self._adopted]
         return entry.failure, sum(one.due != math.inf for one in ours), sum(one.since is not None for one in ours)
 
@@ -396,15 +427,16 @@ class _Outbox:
             undeleted = self._undeleted.copy()
             if not new and not undeleted:
                 return
-            probed = not all(entry.line for entry in new)  # somebody asks whether it can be written
+            notifications = [entry for entry in new if entry.line]
+            probed = len(notifications) < len(new)  # somebody asks whether it can be written
             # Once for all, and before other workers wait for our transaction, as each call may give up the interpreter.
             accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
             ids = secrets.token_hex(16 * len(new))
             with _transaction(self.open()) as db:
                 if undeleted:
                     db.execute(_DELETE, (json.dumps(undeleted),))
-                fresh = self._admit(db, [entry for entry in new if entry.line], accepted_at, ids)
-                last = db.execute(_INSERT, (self._worker, json.dumps([entry.line for entry in fresh]))).lastrowid or 0
+                fresh = self._admit(db, notifications, accepted_at, ids)
+                last = db.execute(_INSERT, (self._worker, _json_of([entry.line for entry in fresh]))).lastrowid or 0
                 if probed:
                     db.execute(_PROBE)
             del self._undeleted[: len(undeleted)]
@@ -442,7 +474,7 @@ class _Outbox:
                 fresh.append(entry)
                 if entry.key:
                     db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], entry.digest, now))
-        if any(entry.key for entry in fresh):
+        if [entry for entry in fresh if entry.key]:
             db.execute(_FORGET_KEYS, (now - _DAY,))  # as _claim does; but in memory that has another database
         return fresh
 
@@ -537,6 +569,12 @@ class _Outbox:
         return len(rows)
 
 
+def _json_of(lines: list[str]) -> str:
+    """An array of these lines, which have no character that JSON escapes but these two; json's own takes longer."""
+    text = "\n".join(lines).replace("\\", r"\\").replace('"', r"\"").replace("\n", '","')
+    return f'["{text}"]' if text else "[]"
+
+
 def _transaction(db: sqlite3.Connection) -> sqlite3.Connection:
     deadline = time.monotonic() + _BUSY_WAIT
     while not db.in_transaction:
@@ -604,21 +642,13 @@ _OWN_PAUSES = 1.0, 900.0, _DAY
 
 
 class _Delivery(BackgroundTask):
-    """The task of a 202; it raises nothing but its own cancellation. For a replayed one there is nothing to deliver."""
+    """The task of a 202. For a replayed one there is nothing to deliver."""
 
-    def __init__(self, relay: _Relay, entry: _Entry) -> None:
-        self._relay, self._entry = relay, entry  # no function: Starlette would look up how to call it
+    def __init__(self, relay: _Relay, entry: _Entry, loop: Any) -> None:
+        self._relay, self._entry, self._loop = relay, entry, loop  # no function: Starlette would look up how to call it
 
-    async def __call__(self) -> None:
-        relay, entry = self._relay, self._entry
-        try:
-            if not relay.lifespans or len(relay.in_requests) < relay.most_in_hand:
-                await relay.attempt(entry, relay.in_requests, relay.delay)
-            elif entry in relay.outbox.waiting:
-                entry.due = time.monotonic() + relay.delay
-            await relay.catch_up()
-        except GeneratorExit:  # from the notifier; or from whoever closes this coroutine, which then may not wait again
-            return
+    def __call__(self) -> Coroutine[Any, Any, None]:
+        return self._relay.attempt(self._entry, self._loop)
 
 
 class _Relay:
@@ -626,20 +656,20 @@ class _Relay:
 
     def __init__(self, outbox: _Outbox, notify: Any, file: _LogFile, delay: float, threads: int) -> None:
         own = notify is not None
-        self.outbox, self._notify, self._file, self.delay = outbox, notify, file, 0.0 if own else delay
+        self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
         set_aside = partial(self._fail, set_aside=True)  # the lines may be in the log
         self._group = _Group(self._call, self._fail, threads) if own else _Group(self._append, set_aside, pause=_PAUSE)
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
-        self.lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
-        self.in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
-        self.most_in_hand = max(500, threads)  # in each; in requests only where a lifespan runs. The rest waits
+        self._lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
+        self._in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
+        self._most_in_hand = max(500, threads)  # in each; in requests only where a lifespan runs. The rest waits
         self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
 
     async def catch_up(self) -> None:
         """Without a lifespan, do what needs a clock, after every answer but the OpenAPI document."""
-        while not self.lifespans and time.monotonic() >= self._next_step and len(self._in_relay) < self.most_in_hand:
+        while not self._lifespans and time.monotonic() >= self._next_step and len(self._in_relay) < self._most_in_hand:
             async with anyio.create_task_group() as tasks:
                 await self._adopt()
                 self._step(tasks.start_soon)
@@ -647,26 +677,26 @@ class _Relay:
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Refuse to start on an outbox that cannot be used; from then on, do in time what needs a clock."""
-        await _in_thread(self.outbox.open)
+        await _in_thread(self._outbox.open)
         clock, error = anyio.CancelScope(), None
         async with anyio.create_task_group() as tasks:
-            self.lifespans.add(clock)
+            self._lifespans.add(clock)
             tasks.start_soon(self._keep_time, clock, tasks.start_soon)
             try:
                 yield
             except Exception as exc:  # the host's own, which a task group would wrap
                 error = exc
             finally:
-                self.lifespans.discard(clock)
+                self._lifespans.discard(clock)
                 clock.cancel()
                 tasks.cancel_scope.deadline = anyio.current_time() + _DRAIN
                 log.info("waiting at most %d s for %d notifications in hand", _DRAIN, len(self._in_relay))
         with anyio.move_on_after(_FLUSH), suppress(OSError, RuntimeError, sqlite3.Error):  # as the log may hang
             if self._notify is None:
-                await self._group.run(_Entry("", set()))  # which syncs
-            await self.outbox.probe()  # which commits what was deleted
-            if not self.lifespans:
-                await _in_thread(self.outbox.close)
+                await self._group.run(_Entry("", set()), _this_loop())  # which syncs
+            await self._outbox.probe()  # which commits what was deleted
+            if not self._lifespans:
+                await _in_thread(self._outbox.close)
                 self._next_look = 0.0
         if error:
             raise error
@@ -674,62 +704,69 @@ class _Relay:
     async def _keep_time(self, clock: anyio.CancelScope, start_soon: Callable[..., object]) -> None:
         pause = _POLL
         with clock:
-            while clock in self.lifespans:  # as a sleep that is over swallows the cancellation
+            while clock in self._lifespans:  # as a sleep that is over swallows the cancellation
                 start_soon(self._adopt)  # beside the rest, as it may take long to search the log
                 self._step(start_soon)
                 await anyio.sleep(pause)
-                pause = _POLL if self.outbox.waiting or self.in_requests or self._in_relay else min(2 * pause, 1)
+                pause = _POLL if self._outbox.waiting or self._in_requests or self._in_relay else min(2 * pause, 1)
 
     async def _adopt(self) -> None:
         """Every _LOOK seconds take over what the dead left, unless somebody is at it."""
-        if time.monotonic() >= self._next_look and not self.outbox.adopting.locked():
+        if time.monotonic() >= self._next_look and not self._outbox.adopting.locked():
             self._next_look = time.monotonic() + _LOOK
             try:
-                await _in_thread(self.outbox.adopt, self._find_delivered)
+                await _in_thread(self._outbox.adopt, self._find_delivered)
             except Exception as exc:
                 self._warn("what is left in the outbox has to wait", exc)
 
     def _step(self, start_soon: Callable[..., object]) -> None:
         """Start to deliver what is due, as far as there is room."""
-        for group in (self.outbox.writer, self._group):
+        for group in (self._outbox.writer, self._group):
             if group.queued:  # as no thread could be had, and whoever waited was cancelled
                 group.wake()
         now = time.monotonic()
-        due = [entry for entry in list(self.outbox.waiting) if entry.due <= now]
-        room = max(0, self.most_in_hand - len(self._in_relay))
+        due = [entry for entry in list(self._outbox.waiting) if entry.due <= now]
+        room = max(0, self._most_in_hand - len(self._in_relay))
         for entry in due[:room]:
-            start_soon(self.attempt, entry, self._in_relay)
+            start_soon(self.attempt, entry)
         self._next_step = now if len(due) > room else now + _POLL  # now: so that catch_up goes on
 
-    async def attempt(self, entry: _Entry, in_hand: set[_Entry], delay: float = 0.0) -> None:
-        """Deliver the entry, unless somebody has it in hand."""
-        if not self.outbox.waiting.pop(entry, False):
-            return
-        in_hand.add(entry)
-        try:
-            if delay:
-                await anyio.sleep(delay)
-            if self._is_async:
-                await self._notify(_read_line(entry.line))
-                self.outbox.settle([entry])
-        except BaseException as exc:
-            self._fail([entry], exc)
-            if in_hand is self.in_requests and (isinstance(exc, GeneratorExit) or _ends_task(exc)):
-                raise  # but not in a task of the relay's, where it would end all others
-            if isinstance(exc, BaseExceptionGroup):  # a trio nursery wraps a cancellation, which is raised here again
-                await anyio.sleep(0)
-        else:
-            if not self._is_async:
-                await self._group.run(entry)
-        finally:
-            in_hand.discard(entry)
+    async def attempt(self, entry: _Entry, loop: Any = None) -> None:
+        """Deliver the entry, unless somebody has it in hand; raises nothing, but the cancellation of its request."""
+        in_hand, delay = (self._in_requests, self._delay) if loop else (self._in_relay, 0.0)
+        if self._lifespans and len(in_hand) >= self._most_in_hand:
+            if entry in self._outbox.waiting:
+                entry.due = time.monotonic() + delay
+        elif self._outbox.waiting.pop(entry, False):
+            in_hand.add(entry)
+            try:
+                if delay:
+                    await anyio.sleep(delay)
+                if self._is_async:
+                    await self._notify(_read_line(entry.line))
+                    self._outbox.settle([entry])
+            except BaseException as exc:
+                self._fail([entry], exc)
+                if loop and isinstance(exc, GeneratorExit):
+                    return  # from the notifier; or from whoever closes this coroutine, which then may not wait again
+                if loop and _ends_task(exc):
+                    raise  # but not in a task of the relay's, where it would end all others
+                if isinstance(exc, BaseExceptionGroup):  # a trio nursery's, of a cancellation, which is raised again
+                    await anyio.sleep(0)
+            else:
+                if not self._is_async:
+                    await self._group.run(entry, loop or _this_loop())
+            finally:
+                in_hand.discard(entry)
+        if loop and not self._lifespans:
+            await self.catch_up()
 
     def _call(self, entries: list[_Entry]) -> None:
         for entry in entries:
             result = self._notify(_read_line(entry.line))
             if isinstance(result, Awaitable | Generator | AsyncGenerator):
                 raise TypeError("notify returned what nobody runs: make it a def or an async def, with no yield")
-            self.outbox.settle([entry])
+            self._outbox.settle([entry])
 
     def _append(self, entries: list[_Entry]) -> None:
         """Append what is new; sync at most once per _LINGER, or when asked to, and only then delete the rows."""
@@ -741,19 +778,19 @@ class _Relay:
         except BaseException as exc:
             self._fail(new, exc, set_aside=exc.__context__ is not None)  # as some lines may have stayed
         else:
-            self.outbox.unsynced += new
-            self.outbox.settle(new, synced=False)
+            self._outbox.unsynced += new
+            self._outbox.settle(new, synced=False)
         if not asked and time.monotonic() < self._last_sync + _LINGER:
             self._group.wake()
             return  # to sync later: with the next lines, or when none come
         self._last_sync = time.monotonic()
         try:
             self._file.sync()
-            self.outbox.settle(self.outbox.unsynced)
+            self._outbox.settle(self._outbox.unsynced)
         except BaseException as exc:  # to sync again would prove nothing
-            self._fail(self.outbox.unsynced, exc, set_aside=True)
+            self._fail(self._outbox.unsynced, exc, set_aside=True)
         finally:
-            self.outbox.unsynced.clear()
+            self._outbox.unsynced.clear()
 
     def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
         """Have the entries wait for another attempt, or if they are set aside, for the next start."""
@@ -763,7 +800,7 @@ class _Relay:
             entry.among.add(entry)  # again, if it was settled
             entry.due = math.inf if set_aside else now + _backoff(now - entry.since, *self._pauses)
             if entry.due != math.inf:
-                self.outbox.waiting[entry] = True
+                self._outbox.waiting[entry] = True
             if is_first or entry.due == math.inf:
                 fate = "waits for the next start" if entry.due == math.inf else "is tried again"
                 self._warn(f"notification %s failed, and {fate}", error, entry.line[_ID])
