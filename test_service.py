@@ -472,6 +472,7 @@ GOOD_BODIES = {
     "10,000 characters": (JSON, b'{"message": "%s"}' % (b"x" * 10_000), "x" * 10_000),
     "10,000 characters of four bytes": (JSON, b'{"message": "%s"}' % ("😀" * 10_000).encode(), "😀" * 10_000),
     "10,000 escaped characters": (JSON, b'{"message": "%s"}' % (b"\\u0001" * 10_000), "\1" * 10_000),
+    "quotes and backslashes": (JSON, rb'{"message": "\"\\\","}', '"\\",'),
     "surrogate pair": (JSON, b'{"message": "\\ud83d\\ude00"}', "😀"),
     "noncharacter": (JSON, b'{"message": "\\uffff"}', "\uffff"),
     "64 KiB": (JSON, BODY.ljust(64 * 1024), "hi"),
@@ -996,6 +997,18 @@ async def test_at_most_concurrency_def_notifiers_run_at_once_and_each_post_waits
     assert (max(running), returned) == (most, ended)
 
 
+async def test_threads_that_wait_take_one_each_of_those_that_come_at_once(monkeypatch):
+    monkeypatch.setattr(service, "_LINGER", 30.0)  # seconds that a thread waits to be told
+    meeting = threading.Barrier(3, timeout=15)
+    app = create_app(lambda _: meeting.wait(), outbox=":memory:", concurrency=3)
+    for _ in range(2):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(post, app)
+        await anyio.sleep(0.2)  # in which they come back to wait
+    assert await health(app) == counts()
+
+
 async def test_blocked_notifiers_leave_the_hosts_thread_pool_free():
     gate = Gate()
     mount = Mount("/notify", create_app(gate, outbox=":memory:", concurrency=60))
@@ -1097,6 +1110,28 @@ def test_a_loop_that_is_closed_before_the_notifier_ends_harms_no_other():
     answer = asyncio.run(asyncio.wait_for(post(app), 20))
     assert answer.status_code == 202
     assert len(gate.sent) == 2
+
+
+def test_a_loop_that_is_blocked_keeps_no_other_waiting(monkeypatch):
+    """Though it was the first to have something for the thread that both wait for."""
+    monkeypatch.setattr(service, "_LINGER", 30.0)  # seconds that the thread waits to be told
+    app = create_app(as_async(bool), outbox=":memory:")
+    blocks, answered = threading.Event(), threading.Event()
+
+    async def block():
+        await post(app)  # which starts the thread
+        asking = asyncio.create_task(drive(app, as_async(bool)))
+        await asyncio.sleep(0)  # in which it asks
+        blocks.set()
+        assert answered.wait(15)
+        await asking
+
+    with ThreadPoolExecutor(1) as pool:
+        blocked = pool.submit(asyncio.run, block())
+        assert blocks.wait(15)
+        assert asyncio.run(post(app)).status_code == 202
+        answered.set()
+        blocked.result()
 
 
 async def test_at_its_end_a_lifespan_waits_for_what_the_relay_is_delivering(left, outbox):
@@ -1701,6 +1736,30 @@ async def test_whatever_a_notifier_raises_harms_no_other(error):
     assert await health(app) == counts(pending=2, failed=2)
 
 
+def test_a_request_that_is_closed_while_its_notifier_runs_waits_for_nothing_more():
+    """As when its loop has ended, and its task is collected."""
+    came = []
+
+    async def notify(notification):
+        came.append(notification)
+        await asyncio.sleep(60)
+
+    async def send(_):
+        pass
+
+    async def begin_and_close():
+        request = drive(app, send)
+        kept = request.send(None)
+        await soon(kept.done)
+        request.send(None)
+        assert came
+        request.close()
+        return await health(app)
+
+    app = create_app(notify, outbox=":memory:")
+    assert asyncio.run(begin_and_close()) == counts(pending=1, failed=1)
+
+
 async def test_a_def_that_returns_a_coroutine_has_delivered_nothing_and_is_told_how_to(warned, sent):
     coroutines = []
 
@@ -2217,6 +2276,38 @@ async def test_a_thread_that_cannot_be_had_is_asked_for_again(log, sent, monkeyp
         answer = await post(app)
     assert [n.id for n in sent or read(log)] == [answer.json()["id"]]
     assert len(asked) >= 8
+
+
+def test_a_thread_that_is_about_to_end_takes_what_comes_when_no_other_can_be_had(monkeypatch):
+    app = create_app(as_async(bool), outbox=":memory:")
+    wait_for, notify, ending = threading.Condition.wait_for, threading.Condition.notify, threading.Event()
+    notified = []  # the first is what the writer of the outbox waits for
+
+    def tells(condition, n=1):
+        notified.append(condition)
+        notify(condition, n)
+
+    def waits(condition, predicate, timeout=None):
+        came = bool(wait_for(condition, predicate, timeout))
+        if notified[:1] == [condition] and not ending.is_set():
+            if not came and condition not in notified[1:]:
+                ending.set()
+                eventually(predicate)
+            del notified[1:]
+        return came
+
+    def refuses(thread):
+        raise RuntimeError("can't start new thread")
+
+    async def ask_twice():
+        await post(app)
+        assert await anyio.to_thread.run_sync(ending.wait, 15)
+        monkeypatch.setattr(threading.Thread, "start", refuses)
+        await post(app)
+
+    monkeypatch.setattr(threading.Condition, "notify", tells)
+    monkeypatch.setattr(threading.Condition, "wait_for", waits)
+    asyncio.run(asyncio.wait_for(ask_twice(), 15))
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["", "though another is busy"])
