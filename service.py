@@ -297,8 +297,8 @@ class _Group:
             self._waking = loop
         return waiter
 
-    async def _wait_without_thread(self, waiter: Awaitable[None]) -> None:
-        while not self.wake():
+    async def _wait_without_thread(self, waiter: Any) -> None:
+        while not (waiter.done() or self.wake()):
             await anyio.sleep(_POLL)
         await waiter
 

@@ -2278,6 +2278,28 @@ async def test_a_thread_that_cannot_be_had_is_asked_for_again(log, sent, monkeyp
     assert len(asked) >= 8
 
 
+def test_who_waits_for_a_thread_is_answered_once_that_of_another_request_did_the_work(monkeypatch):
+    app = create_app(as_async(bool), outbox=":memory:")
+    start, permits = threading.Thread.start, threading.Semaphore(0)
+
+    def may_start(thread):
+        if thread.name == "notify" and not permits.acquire(blocking=False):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def ask_twice():
+        first = asyncio.create_task(post(app))
+        await asyncio.sleep(0.2)
+        permits.release()
+        second = asyncio.create_task(drive(app, as_async(bool)))
+        await asyncio.sleep(0)  # in which it starts the thread
+        time.sleep(0.5)  # seconds in which the thread ends, and no request runs
+        await asyncio.wait_for(asyncio.gather(first, second), 15)
+
+    monkeypatch.setattr(threading.Thread, "start", may_start)
+    asyncio.run(ask_twice())
+
+
 def test_a_thread_that_is_about_to_end_takes_what_comes_when_no_other_can_be_had(monkeypatch):
     app = create_app(as_async(bool), outbox=":memory:")
     wait_for, notify, ending = threading.Condition.wait_for, threading.Condition.notify, threading.Event()
