@@ -230,26 +230,19 @@ async def _read_message(content_type: bytes, receive: Receive) -> str:
 # Goals: the event loop waits for no disk and no notifier. No hop between threads, no commit and no wake-up for each
 # notification, but one for all that is queued. Nothing belongs to one event loop, as one app may serve several.
 #
-# Plan: `run` queues an entry and waits until it is handled. After the loop's next turn a thread takes all that is
-# queued, handles it, and has each loop wake those who wait, with one call. What comes meanwhile is the next batch, so
-# that batches grow with the load. A thread that gets nothing for a while ends; if it was woken meanwhile, it first
-# handles an empty list, for what was put off. Every queued entry is handled, even if nobody waits for it any more.
+# Plan: `run` queues an entry and returns a future. A thread is started, or woken two turns of the loop later; it takes
+# all that is queued (a `def` notifier's takes one), handles it, and has each loop release those who wait, with one
+# call. What comes meanwhile is the next batch, so that batches grow with the load. A thread that gets nothing for a
+# while ends; if it was woken meanwhile, it first handles an empty list, for what was put off. Every queued entry is
+# handled, even if nobody waits for it any more.
 
 _LINGER = 0.05  # seconds that a thread waits for entries, and at least between two syncs
 _PAUSE = 0.002  # seconds between two batches of lines, which nobody's answer waits for
 
 
-class _TrioLoop(NamedTuple):
-    """What is used here of an asyncio loop, by trio's; equal to any other of the same run."""
-
-    call_soon: Callable[..., None]
-    call_soon_threadsafe: Callable[..., None]
-
-    def create_future(self) -> _TrioFuture:
-        return _TrioFuture()
-
-
 class _TrioFuture:
+    """The part of an asyncio future that is used here, for trio."""
+
     def __init__(self) -> None:
         event = anyio.Event()
         self.done, self.set_result, self._wait = event.is_set, lambda _: event.set(), event.wait
@@ -258,42 +251,52 @@ class _TrioFuture:
         return self._wait().__await__()
 
 
+class _TrioLoop(NamedTuple):
+    """The part of an asyncio loop that is used here, for trio; two of one run are equal."""
+
+    call_soon: Callable[..., None]
+    call_soon_threadsafe: Callable[..., None]
+    create_future: Callable[[], _TrioFuture] = _TrioFuture
+
+
 def _this_loop() -> Any:
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
-        from anyio.lowlevel import current_token  # here, as its import takes a millisecond that only trio needs
+        from anyio.lowlevel import current_token  # here, so that to import this module takes no longer
 
         token: Any = current_token().native_token
         return _TrioLoop(token.run_sync_soon, token.run_sync_soon)
 
 
-def _tell(waiters: list[Any]) -> None:
+def _release(waiters: list[Any]) -> None:
     for waiter in waiters:
-        if not waiter.done():  # it is, if whoever waited was cancelled
+        if not waiter.done():  # it is, if whoever awaited it was cancelled
             waiter.set_result(None)
 
 
 class _Group:
-    """One thread that handles all that is queued; or up to most, each of which handles one entry at a time."""
+    """One thread that handles all that is queued; or, if most is given, so many that handle one entry at a time."""
 
     def __init__(self, handle: Callable[..., None], fail: Callable[..., None], most: int = 0, pause: float = 0) -> None:
         self._handle, self._fail, self._pause = handle, fail, pause
-        self._max_threads, self._at_once = most or 1, 1 if most else None
-        self.queued: list[tuple[_Entry, Any, Any]] = []  # each with what waits for it, and the loop that this is of
+        self._max_threads, self._at_once = (most, 1) if most else (1, 1_000_000)  # threads, and entries for each
+        self.queued: list[tuple[_Entry, Any, Any]] = []  # each with its waiter, and the waiter's loop
         self._lock = threading.RLock()  # no Lock: garbage is collected within, which may run a host's code that posts
         self._changed = threading.Condition(self._lock)
-        self._threads, self._busy, self._woken = 0, 0, False
-        self._waking: Any = None  # the loop that is about to call wake
+        self._threads, self._busy = 0, 0  # all, and those that are at work
+        self._woken = False  # so that a thread handles an empty list if nothing is queued
+        self._waking: Any = None  # the loop that will call wake; without the lock, as this may cost a call too many
 
     def run(self, entry: _Entry, loop: Any) -> Any:
-        """Have the entry handled, and return what tells the loop, which is this one, that it was."""
+        """Queue the entry; what this returns is to be awaited, by the loop, which is the running one."""
         waiter = loop.create_future()
-        self.queued.append((entry, waiter, loop))  # first, as a thread that ends looks once more what is queued
+        self.queued.append((entry, waiter, loop))
         if not self._threads:
-            return waiter if self.wake() else self._wait_without_thread(waiter)
-        if self._waking != loop:
-            loop.call_soon(loop.call_soon, self.wake)  # in the next turn but one; once for many of one loop
+            if not self.wake():
+                return self._wait_without_thread(waiter)
+        elif self._waking != loop:
+            loop.call_soon(loop.call_soon, self.wake)  # in the next turn but one; once for many
             self._waking = loop
         return waiter
 
@@ -319,23 +322,24 @@ class _Group:
         while True:
             with self._lock:
                 if not self._changed.wait_for(lambda: self.queued, _LINGER) and not self._woken:
-                    self._threads -= 1
+                    self._threads -= 1  # run does it the other way round: it queues, and then looks for a thread
                     if not self.queued:
                         return
                     self._threads += 1
                 self._woken = False
                 taken = self.queued[: self._at_once]
-                del self.queued[: len(taken)]  # no more than these, as others come meanwhile
+                del self.queued[: len(taken)]  # and no others: run queues without the lock
                 self._busy += 1
             entries = [entry for entry, _, _ in taken]
+            new = [entry for entry in entries if entry.line]
             try:
-                self._handle(entries)
-            except BaseException as exc:  # which ends no thread, and no wait
+                self._handle(new, len(new) < len(entries))
+            except BaseException as exc:  # whatever it is, the thread goes on, and nobody waits for ever
                 with suppress(BaseException):
                     self._fail(entries, exc)
             for loop in {loop for _, _, loop in taken}:
-                with suppress(Exception):  # the loop is closed, and nobody waits
-                    loop.call_soon_threadsafe(_tell, [waiter for _, waiter, theirs in taken if theirs == loop])
+                with suppress(Exception):  # the loop is closed, so that nobody waits
+                    loop.call_soon_threadsafe(_release, [waiter for _, waiter, its_loop in taken if its_loop == loop])
             if self._pause:  # as a sleep of 0 would give up the interpreter, too
                 time.sleep(self._pause)  # no answer waits for this thread: let the next batch gather
             with self._lock:
@@ -422,20 +426,19 @@ class _Outbox:
         for entry in entries:
             entry.among.discard(entry)
 
-    def _write(self, new: list[_Entry]) -> None:
+    def _write(self, new: list[_Entry], probed: bool) -> None:
+        """Keep what is new, and delete what is delivered; if probed, see whether it can be written, too."""
         with self._lock:
             undeleted = self._undeleted.copy()
-            if not new and not undeleted:
+            if not (new or probed or undeleted):
                 return
-            notifications = [entry for entry in new if entry.line]
-            probed = len(notifications) < len(new)  # somebody asks whether it can be written
             # Once for all, and before other workers wait for our transaction, as each call may give up the interpreter.
             accepted_at = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
             ids = secrets.token_hex(16 * len(new))
             with _transaction(self.open()) as db:
                 if undeleted:
                     db.execute(_DELETE, (json.dumps(undeleted),))
-                fresh = self._admit(db, notifications, accepted_at, ids)
+                fresh = self._admit(db, new, accepted_at, ids)
                 last = db.execute(_INSERT, (self._worker, _json_of([entry.line for entry in fresh]))).lastrowid or 0
                 if probed:
                     db.execute(_PROBE)
@@ -455,7 +458,7 @@ class _Outbox:
         self._warn("the outbox cannot be written, and answers are 503", error)
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
             with suppress(Exception):  # over the failed commit, which may be whole in the WAL, for a start to replay
-                self._write([_Entry("", set())])
+                self._write([], probed=True)
 
     def _admit(self, db: sqlite3.Connection, new: list[_Entry], accepted_at: str, ids: str) -> list[_Entry]:
         """Those to be kept; the others have the id of an earlier one, or an error."""
@@ -474,7 +477,7 @@ class _Outbox:
                 fresh.append(entry)
                 if entry.key:
                     db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], entry.digest, now))
-        if [entry for entry in fresh if entry.key]:
+        if any(entry.key for entry in fresh):
             db.execute(_FORGET_KEYS, (now - _DAY,))  # as _claim does; but in memory that has another database
         return fresh
 
@@ -570,7 +573,7 @@ class _Outbox:
 
 
 def _json_of(lines: list[str]) -> str:
-    """An array of these lines, which have no character that JSON escapes but these two; json's own takes longer."""
+    """An array of lines, in a third of json's time: of what is printable, JSON escapes only backslashes and quotes."""
     text = "\n".join(lines).replace("\\", r"\\").replace('"', r"\"").replace("\n", '","')
     return f'["{text}"]' if text else "[]"
 
@@ -642,10 +645,10 @@ _OWN_PAUSES = 1.0, 900.0, _DAY
 
 
 class _Delivery(BackgroundTask):
-    """The task of a 202. For a replayed one there is nothing to deliver."""
+    """The task of a 202, which Starlette need not look up how to call; after a replay there is nothing to deliver."""
 
     def __init__(self, relay: _Relay, entry: _Entry, loop: Any) -> None:
-        self._relay, self._entry, self._loop = relay, entry, loop  # no function: Starlette would look up how to call it
+        self._relay, self._entry, self._loop = relay, entry, loop
 
     def __call__(self) -> Coroutine[Any, Any, None]:
         return self._relay.attempt(self._entry, self._loop)
@@ -731,11 +734,12 @@ class _Relay:
             start_soon(self.attempt, entry)
         self._next_step = now if len(due) > room else now + _POLL  # now: so that catch_up goes on
 
-    async def attempt(self, entry: _Entry, loop: Any = None) -> None:
-        """Deliver the entry, unless somebody has it in hand; raises nothing, but the cancellation of its request."""
-        in_hand, delay = (self._in_requests, self._delay) if loop else (self._in_relay, 0.0)
+    async def attempt(self, entry: _Entry, request_loop: Any = None) -> None:
+        """Deliver the entry, unless somebody has it in hand. Raises nothing but the cancellation of its own task."""
+        in_request = request_loop is not None
+        in_hand, delay = (self._in_requests, self._delay) if in_request else (self._in_relay, 0.0)
         if self._lifespans and len(in_hand) >= self._most_in_hand:
-            if entry in self._outbox.waiting:
+            if entry in self._outbox.waiting:  # or the relay, for which it is made due here, was faster
                 entry.due = time.monotonic() + delay
         elif self._outbox.waiting.pop(entry, False):
             in_hand.add(entry)
@@ -747,31 +751,29 @@ class _Relay:
                     self._outbox.settle([entry])
             except BaseException as exc:
                 self._fail([entry], exc)
-                if loop and isinstance(exc, GeneratorExit):
-                    return  # from the notifier; or from whoever closes this coroutine, which then may not wait again
-                if loop and _ends_task(exc):
-                    raise  # but not in a task of the relay's, where it would end all others
-                if isinstance(exc, BaseExceptionGroup):  # a trio nursery's, of a cancellation, which is raised again
+                if isinstance(exc, GeneratorExit):
+                    return  # the notifier's; or of whoever closes this coroutine, which then must not wait again
+                if in_request and _ends_task(exc):
+                    raise  # which a task of the relay's must not, as it would end all the others
+                if isinstance(exc, BaseExceptionGroup):  # a trio nursery wraps a cancellation: this raises it again
                     await anyio.sleep(0)
             else:
                 if not self._is_async:
-                    await self._group.run(entry, loop or _this_loop())
+                    await self._group.run(entry, request_loop or _this_loop())
             finally:
                 in_hand.discard(entry)
-        if loop and not self._lifespans:
+        if in_request and not self._lifespans:
             await self.catch_up()
 
-    def _call(self, entries: list[_Entry]) -> None:
+    def _call(self, entries: list[_Entry], _: bool) -> None:
         for entry in entries:
             result = self._notify(_read_line(entry.line))
             if isinstance(result, Awaitable | Generator | AsyncGenerator):
                 raise TypeError("notify returned what nobody runs: make it a def or an async def, with no yield")
             self._outbox.settle([entry])
 
-    def _append(self, entries: list[_Entry]) -> None:
+    def _append(self, new: list[_Entry], asked: bool) -> None:
         """Append what is new; sync at most once per _LINGER, or when asked to, and only then delete the rows."""
-        new = [entry for entry in entries if entry.line]
-        asked = len(new) < len(entries)
         try:
             if new:
                 self._file.append([entry.line for entry in new])
