@@ -478,7 +478,7 @@ class _Outbox:
                 if entry.key:
                     db.execute(_KEEP_KEY, (entry.key, entry.line[_ID], entry.digest, now))
         if any(entry.key for entry in fresh):
-            db.execute(_FORGET_KEYS, (now - _DAY,))  # as _claim does; but in memory that has another database
+            db.execute(_FORGET_KEYS, (now - _DAY,))  # _claim does, too; in memory it has another database
         return fresh
 
     def open(self) -> sqlite3.Connection:
@@ -638,7 +638,7 @@ def _sync_folder(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- relay
 
 _LOOK = 2.0  # seconds between two looks for what the dead left
-_POLL = 0.05  # seconds between two looks for what is due
+_POLL = 0.05  # seconds between two looks for what is due, or for a thread where none could be had
 _DRAIN, _FLUSH = 10.0, 2.0  # seconds at the end for what the relay has in hand, and for the last writes
 _LOG_PAUSES = 0.1, 30.0, math.inf  # seconds: the first pause, the longest, and when it is set aside
 _OWN_PAUSES = 1.0, 900.0, _DAY

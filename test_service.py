@@ -998,14 +998,19 @@ async def test_at_most_concurrency_def_notifiers_run_at_once_and_each_post_waits
 
 
 async def test_threads_that_wait_take_one_each_of_those_that_come_at_once(monkeypatch):
-    monkeypatch.setattr(service, "_LINGER", 30.0)  # seconds that a thread waits to be told
     meeting = threading.Barrier(3, timeout=15)
     app = create_app(lambda _: meeting.wait(), outbox=":memory:", concurrency=3)
-    for _ in range(2):
+
+    async def meet():
         async with anyio.create_task_group() as tasks:
             for _ in range(3):
                 tasks.start_soon(post, app)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service, "_LINGER", 30.0)  # seconds that a thread waits to be told
+        await meet()
         await anyio.sleep(0.2)  # in which they come back to wait
+    await meet()
     assert await health(app) == counts()
 
 
@@ -1132,6 +1137,8 @@ def test_a_loop_that_is_blocked_keeps_no_other_waiting(monkeypatch):
         assert asyncio.run(post(app)).status_code == 202
         answered.set()
         blocked.result()
+    monkeypatch.undo()
+    asyncio.run(post(app))  # after which the thread soon ends
 
 
 async def test_at_its_end_a_lifespan_waits_for_what_the_relay_is_delivering(left, outbox):
@@ -2280,11 +2287,13 @@ async def test_a_thread_that_cannot_be_had_is_asked_for_again(log, sent, monkeyp
 
 def test_who_waits_for_a_thread_is_answered_once_that_of_another_request_did_the_work(monkeypatch):
     app = create_app(as_async(bool), outbox=":memory:")
-    start, permits = threading.Thread.start, threading.Semaphore(0)
+    start, permits, started = threading.Thread.start, threading.Semaphore(0), []
 
     def may_start(thread):
-        if thread.name == "notify" and not permits.acquire(blocking=False):
-            raise RuntimeError("can't start new thread")
+        if thread.name == "notify":
+            if not permits.acquire(blocking=False):
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
         start(thread)
 
     async def ask_twice():
@@ -2293,7 +2302,7 @@ def test_who_waits_for_a_thread_is_answered_once_that_of_another_request_did_the
         permits.release()
         second = asyncio.create_task(drive(app, as_async(bool)))
         await asyncio.sleep(0)  # in which it starts the thread
-        time.sleep(0.5)  # seconds in which the thread ends, and no request runs
+        started[0].join(15)  # meanwhile no request runs
         await asyncio.wait_for(asyncio.gather(first, second), 15)
 
     monkeypatch.setattr(threading.Thread, "start", may_start)
