@@ -26,6 +26,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -34,7 +35,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -237,7 +238,7 @@ async def _read_message(content_type: bytes, receive: Receive) -> str:
 # handled, even if nobody waits for it any more.
 
 _LINGER = 0.05  # seconds that a thread waits for entries, and at least between two syncs
-_PAUSE = 0.002  # seconds between two batches of lines, which nobody's answer waits for
+_PAUSE, _FEW = 0.002, 16  # seconds that the log's thread rests after a batch of fewer lines
 
 
 class _TrioFuture:
@@ -283,7 +284,7 @@ class _Group:
         self._max_threads, self._at_once = (most, 1) if most else (1, 1_000_000)  # threads, and entries for each
         self.queued: list[tuple[_Entry, Any, Any]] = []  # each with its waiter, and the waiter's loop
         self._lock = threading.RLock()  # no Lock: garbage is collected within, which may run a host's code that posts
-        self._changed = threading.Condition(self._lock)
+        self._bell = queue.SimpleQueue[None]()  # wakes a thread for each item, in less time than a Condition
         self._threads, self._busy = 0, 0  # all, and those that are at work
         self._woken = False  # so that a thread handles an empty list if nothing is queued
         self._waking: Any = None  # the loop that will call wake; without the lock, as this may cost a call too many
@@ -311,7 +312,8 @@ class _Group:
         with self._lock:
             self._woken = True
             wanted = max(1, len(self.queued))
-            self._changed.notify(wanted)
+            for _ in self.queued[self._bell.qsize() : self._max_threads]:
+                self._bell.put(None)
             with suppress(RuntimeError, MemoryError):
                 while self._threads < min(self._busy + wanted, self._max_threads):
                     threading.Thread(target=self._work, name="notify", daemon=True).start()
@@ -320,12 +322,17 @@ class _Group:
 
     def _work(self) -> None:
         while True:
+            try:
+                while not self.queued:
+                    self._bell.get(timeout=_LINGER)
+            except queue.Empty:
+                with self._lock:
+                    if not self._woken:
+                        self._threads -= 1  # run does it the other way round: it queues, and then looks for a thread
+                        if not self.queued:
+                            return
+                        self._threads += 1
             with self._lock:
-                if not self._changed.wait_for(lambda: self.queued, _LINGER) and not self._woken:
-                    self._threads -= 1  # run does it the other way round: it queues, and then looks for a thread
-                    if not self.queued:
-                        return
-                    self._threads += 1
                 self._woken = False
                 taken = self.queued[: self._at_once]
                 del self.queued[: len(taken)]  # and no others: run queues without the lock
@@ -340,8 +347,8 @@ class _Group:
             for loop in {loop for _, _, loop in taken}:
                 with suppress(Exception):  # the loop is closed, so that nobody waits
                     loop.call_soon_threadsafe(_release, [waiter for _, waiter, its_loop in taken if its_loop == loop])
-            if self._pause:  # as a sleep of 0 would give up the interpreter, too
-                time.sleep(self._pause)  # no answer waits for this thread: let the next batch gather
+            if self._pause and len(taken) < _FEW:  # let more gather, as no answer waits for this thread
+                time.sleep(self._pause)
             with self._lock:
                 self._busy -= 1
 
@@ -395,6 +402,7 @@ class _Outbox:
         self._path, self._wal = self._folder / "outbox.db", self._folder / "outbox.db-wal"
         self._pragmas = f"""
             PRAGMA page_size = 2048;         -- bytes: most commits change a line or a few, and write whole pages
+            PRAGMA auto_vacuum = FULL;       -- the file gets smaller again, and commits change fewer pages
             PRAGMA journal_mode = WAL;       -- readers do not wait for the writer
             PRAGMA synchronous = {"FULL" if fsync else "NORMAL"};     -- FULL: a commit is on the disk
             PRAGMA wal_autocheckpoint = 256; -- pages: the WAL shall not fill a small disk; see adopt, too
@@ -446,8 +454,8 @@ class _Outbox:
             late = time.monotonic() + _LATE
             for seq, entry in enumerate(fresh, last - len(fresh) + 1):
                 entry.seq, entry.due = seq, late
-                self.accepted.add(entry)
-                self.waiting[entry] = True
+            self.accepted.update(fresh)
+            self.waiting |= dict.fromkeys(fresh, True)
             if probed:
                 with suppress(sqlite3.Error):
                     db.execute("PRAGMA wal_checkpoint")  # so that the probe does not take the room that it has found
@@ -650,8 +658,8 @@ class _Delivery(BackgroundTask):
     def __init__(self, relay: _Relay, entry: _Entry, loop: Any) -> None:
         self._relay, self._entry, self._loop = relay, entry, loop
 
-    def __call__(self) -> Coroutine[Any, Any, None]:
-        return self._relay.attempt(self._entry, self._loop)
+    def __call__(self) -> Any:
+        return self._relay.deliver(self._entry, self._loop)
 
 
 class _Relay:
@@ -661,6 +669,7 @@ class _Relay:
         own = notify is not None
         self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
+        self._by_thread = not (self._is_async or self._delay)
         set_aside = partial(self._fail, set_aside=True)  # the lines may be in the log
         self._group = _Group(self._call, self._fail, threads) if own else _Group(self._append, set_aside, pause=_PAUSE)
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
@@ -734,6 +743,14 @@ class _Relay:
             start_soon(self.attempt, entry)
         self._next_step = now if len(due) > room else now + _POLL  # now: so that catch_up goes on
 
+    def deliver(self, entry: _Entry, loop: Any) -> Any:
+        """Attempt the entry as a request's task; what this returns is to be awaited."""
+        has_room = len(self._in_requests) < self._most_in_hand
+        if self._by_thread and self._lifespans and has_room and self._outbox.waiting.pop(entry, False):
+            self._in_requests.add(entry)  # until the thread is done with it
+            return self._group.run(entry, loop)  # so that the usual case needs no coroutine
+        return self.attempt(entry, loop)
+
     async def attempt(self, entry: _Entry, request_loop: Any = None) -> None:
         """Deliver the entry, unless somebody has it in hand. Raises nothing but the cancellation of its own task."""
         in_request = request_loop is not None
@@ -771,6 +788,7 @@ class _Relay:
             if isinstance(result, Awaitable | Generator | AsyncGenerator):
                 raise TypeError("notify returned what nobody runs: make it a def or an async def, with no yield")
             self._outbox.settle([entry])
+            self._in_requests.discard(entry)
 
     def _append(self, new: list[_Entry], asked: bool) -> None:
         """Append what is new; sync at most once per _LINGER, or when asked to, and only then delete the rows."""
@@ -782,6 +800,7 @@ class _Relay:
         else:
             self._outbox.unsynced += new
             self._outbox.settle(new, synced=False)
+            self._in_requests.difference_update(new)
         if not asked and time.monotonic() < self._last_sync + _LINGER:
             self._group.wake()
             return  # to sync later: with the next lines, or when none come
@@ -796,6 +815,7 @@ class _Relay:
 
     def _fail(self, entries: list[_Entry], error: BaseException, set_aside: bool = False) -> None:
         """Have the entries wait for another attempt, or if they are set aside, for the next start."""
+        self._in_requests.difference_update(entries)
         now = time.monotonic()
         for entry in entries:
             is_first, entry.since = entry.since is None, entry.since or now

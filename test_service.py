@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import runpy
@@ -1782,10 +1783,13 @@ async def test_a_def_that_returns_a_coroutine_has_delivered_nothing_and_is_told_
         coroutine.close()
 
 
-@pytest.mark.parametrize(("served", "kind"), [(False, "delay"), (True, "delay"), (True, "async def")])
+@pytest.mark.parametrize(
+    ("served", "kind"), [(False, "delay"), (True, "delay"), (True, "async def"), (True, "def")]
+)
 async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_tasks(log, served, kind):
     answers, gate = [], Gate()
-    app = create_app(None if kind == "delay" else gate.on_loop, log=log, outbox=":memory:", delay=0.2)
+    notify = {"delay": None, "async def": gate.on_loop, "def": gate}[kind]
+    app = create_app(notify, log=log, outbox=":memory:", delay=0.2)
 
     async def ask():
         answers.append((await post(app)).json()["id"])
@@ -1794,13 +1798,41 @@ async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_
         async with anyio.create_task_group() as tasks:
             for _ in range(520):
                 tasks.start_soon(ask)
-            if kind == "async def":
+            if kind != "delay":
                 await soon(lambda: len(answers) >= 20)  # the other requests' tasks have to do with one each
             gate.open()
         if served:
             await soon(lambda: len(gate.sent or ids(log)) == 520)
         assert sorted(n.id for n in gate.sent or read(log)) == sorted(answers)
         assert await health(app) == counts()
+
+
+async def test_once_all_is_delivered_the_outbox_is_small_again(outbox):
+    gate = Gate()
+    async with lifespan(create_app(gate, outbox=outbox)) as app:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(100):
+                tasks.start_soon(functools.partial(post, app, json={"message": "x" * 9000}))
+            await settled(app, pending=100)
+            gate.open()
+        await settled(app)
+    assert (outbox / "outbox.db").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("kind", ["log", "def", "a def that fails"])
+async def test_when_post_returns_it_has_been_tried_however_many_came_before(log, kind):
+    tried = []
+
+    def notify(notification):
+        tried.append(notification.id)
+        if kind == "a def that fails":
+            raise RuntimeError("the mail is down")
+
+    app = create_app(None if kind == "log" else notify, log=log, outbox=":memory:")
+    async with lifespan(app), client(app) as http:
+        for _ in range(510):
+            id = (await http.post(PATH)).json()["id"]
+            assert id in (log.read_text() if kind == "log" else tried)
 
 
 async def test_without_a_lifespan_one_request_sees_to_all_that_it_adopts_however_many(outbox):
@@ -2310,22 +2342,19 @@ def test_who_waits_for_a_thread_is_answered_once_that_of_another_request_did_the
 
 
 def test_a_thread_that_is_about_to_end_takes_what_comes_when_no_other_can_be_had(monkeypatch):
-    app = create_app(as_async(bool), outbox=":memory:")
-    wait_for, notify, ending = threading.Condition.wait_for, threading.Condition.notify, threading.Event()
-    notified = []  # the first is what the writer of the outbox waits for
+    asked, in_vain, ending, may_end = [], [], threading.Event(), threading.Event()
 
-    def tells(condition, n=1):
-        notified.append(condition)
-        notify(condition, n)
-
-    def waits(condition, predicate, timeout=None):
-        came = bool(wait_for(condition, predicate, timeout))
-        if notified[:1] == [condition] and not ending.is_set():
-            if not came and condition not in notified[1:]:
-                ending.set()
-                eventually(predicate)
-            del notified[1:]
-        return came
+    class Bell(queue.SimpleQueue):
+        def get(self, timeout):
+            asked.append(threading.current_thread())
+            try:
+                return super().get(timeout=timeout)
+            except queue.Empty:
+                in_vain.append(self)
+                if len(in_vain) > 1:  # the first time it deletes what is delivered
+                    ending.set()
+                    may_end.wait(15)
+                raise
 
     def refuses(thread):
         raise RuntimeError("can't start new thread")
@@ -2334,11 +2363,35 @@ def test_a_thread_that_is_about_to_end_takes_what_comes_when_no_other_can_be_had
         await post(app)
         assert await anyio.to_thread.run_sync(ending.wait, 15)
         monkeypatch.setattr(threading.Thread, "start", refuses)
-        await post(app)
+        second = asyncio.create_task(drive(app, as_async(bool)))
+        await asyncio.sleep(0)  # in which it queues; it would have the thread woken two turns later
+        times, thread = len(asked), asked[-1]
+        may_end.set()
+        while thread.is_alive() and len(asked) == times:  # meanwhile no request runs
+            time.sleep(0.01)
+        await asyncio.wait_for(second, 15)
 
-    monkeypatch.setattr(threading.Condition, "notify", tells)
-    monkeypatch.setattr(threading.Condition, "wait_for", waits)
-    asyncio.run(asyncio.wait_for(ask_twice(), 15))
+    monkeypatch.setattr(queue, "SimpleQueue", Bell)
+    app = create_app(as_async(bool), outbox=":memory:")
+    asyncio.run(ask_twice())
+
+
+async def test_no_more_threads_are_woken_than_there_may_be_however_long_they_are_busy(monkeypatch):
+    bells, gate = [], Gate()
+
+    class Bell(queue.SimpleQueue):
+        def __init__(self):
+            super().__init__()
+            bells.append(self)
+
+    monkeypatch.setattr(queue, "SimpleQueue", Bell)
+    app = create_app(gate, outbox=":memory:", concurrency=2)
+    async with lifespan(app), anyio.create_task_group() as tasks:
+        for number in range(1, 21):
+            tasks.start_soon(post, app)
+            await settled(app, pending=number)
+        assert max(bell.qsize() for bell in bells) <= 2
+        gate.open()
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["", "though another is busy"])
