@@ -164,7 +164,7 @@ class _Api:
         self._outbox, self._relay, self._token, self._catch_up = outbox, relay, token, BackgroundTask(relay.catch_up)
 
     async def send_notification(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(reversed([*scope["headers"]]))  # of two with one name the first
+        headers = dict([*scope["headers"]][::-1])  # of two with one name the first
         if self._token is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self._token.encode()):

@@ -1783,9 +1783,7 @@ async def test_a_def_that_returns_a_coroutine_has_delivered_nothing_and_is_told_
         coroutine.close()
 
 
-@pytest.mark.parametrize(
-    ("served", "kind"), [(False, "delay"), (True, "delay"), (True, "async def"), (True, "def")]
-)
+@pytest.mark.parametrize(("served", "kind"), [(False, "delay"), (True, "delay"), (True, "async def"), (True, "def")])
 async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_tasks(log, served, kind):
     answers, gate = [], Gate()
     notify = {"delay": None, "async def": gate.on_loop, "def": gate}[kind]
