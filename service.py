@@ -238,7 +238,7 @@ async def _read_message(content_type: bytes, receive: Receive) -> str:
 # handled, even if nobody waits for it any more.
 
 _LINGER = 0.05  # seconds that a thread waits for entries, and at least between two syncs
-_PAUSE, _FEW = 0.002, 16  # seconds that the log's thread rests after a batch of fewer lines
+_PAUSE, _FEW = 0.002, 16  # seconds that the log's thread rests after a batch, if it is of fewer entries than this
 
 
 class _TrioFuture:
@@ -284,7 +284,7 @@ class _Group:
         self._max_threads, self._at_once = (most, 1) if most else (1, 1_000_000)  # threads, and entries for each
         self.queued: list[tuple[_Entry, Any, Any]] = []  # each with its waiter, and the waiter's loop
         self._lock = threading.RLock()  # no Lock: garbage is collected within, which may run a host's code that posts
-        self._bell = queue.SimpleQueue[None]()  # wakes a thread for each item, in less time than a Condition
+        self._bell = queue.SimpleQueue[None]()  # wakes a thread for each item, at times in vain
         self._threads, self._busy = 0, 0  # all, and those that are at work
         self._woken = False  # so that a thread handles an empty list if nothing is queued
         self._waking: Any = None  # the loop that will call wake; without the lock, as this may cost a call too many
@@ -356,6 +356,10 @@ class _Group:
 # ------------------------------------------------------------------------------------------------------ outbox
 
 _PROBE = "INSERT OR REPLACE INTO probe (rowid, filler) VALUES (1, randomblob(16384))"
+_LAYOUT = """
+PRAGMA page_size = 2048;    -- bytes: most commits change a line or a few, and write whole pages
+PRAGMA auto_vacuum = FULL;  -- as it empties, the file gets smaller, and most commits change fewer pages
+"""
 _SCHEMA = f"""
 BEGIN;
 CREATE TABLE IF NOT EXISTS pending (  -- what is accepted and not delivered
@@ -401,8 +405,6 @@ class _Outbox:
         self._on_disk = self._folder.is_absolute()
         self._path, self._wal = self._folder / "outbox.db", self._folder / "outbox.db-wal"
         self._pragmas = f"""
-            PRAGMA page_size = 2048;         -- bytes: most commits change a line or a few, and write whole pages
-            PRAGMA auto_vacuum = FULL;       -- the file gets smaller again, and commits change fewer pages
             PRAGMA journal_mode = WAL;       -- readers do not wait for the writer
             PRAGMA synchronous = {"FULL" if fsync else "NORMAL"};     -- FULL: a commit is on the disk
             PRAGMA wal_autocheckpoint = 256; -- pages: the WAL shall not fill a small disk; see adopt, too
@@ -511,7 +513,8 @@ class _Outbox:
         log.info("opening the outbox %s", self._path)
         with _connected(self._folder / "outbox.lock", _LOCK), ExitStack() as opened:
             self.log_lock = opened.enter_context(_connected(self._folder / "log.lock", _LOG_LOCK))
-            script = self._pragmas + (_SCHEMA if not self._on_disk or _is_new(self._path, self._wal) else "")
+            is_new = not self._on_disk or _is_new(self._path, self._wal)
+            script = _LAYOUT + self._pragmas + _SCHEMA if is_new else self._pragmas
             db, self._adopt_db = (opened.enter_context(_connected(self._path, script)) for _ in range(2))
             self._inode = self._path.stat().st_ino if self._on_disk else 0
             list(self._dead_of(path.stem for path in self._folder.glob("[0-9a-f]" * 16 + ".lock")))  # whose locks go
@@ -669,13 +672,13 @@ class _Relay:
         own = notify is not None
         self._outbox, self._notify, self._file, self._delay = outbox, notify, file, 0.0 if own else delay
         self._is_async = own and BackgroundTask(notify).is_async
-        self._by_thread = not (self._is_async or self._delay)
+        self._by_thread = not (self._is_async or self._delay)  # all that a request's task does is to wait for one
         set_aside = partial(self._fail, set_aside=True)  # the lines may be in the log
         self._group = _Group(self._call, self._fail, threads) if own else _Group(self._append, set_aside, pause=_PAUSE)
         self._find_delivered = (lambda ids: set[str]()) if own else file.find  # one's own may be called again
         self._pauses, self._warn = (_OWN_PAUSES, _Warnings(50)) if own else (_LOG_PAUSES, _Warnings(1))
         self._lifespans: set[anyio.CancelScope] = set()  # the scope of each one's clock
-        self._in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what the tasks of each have in hand
+        self._in_requests, self._in_relay = set[_Entry](), set[_Entry]()  # what tasks, or their threads, have in hand
         self._most_in_hand = max(500, threads)  # in each; in requests only where a lifespan runs. The rest waits
         self._last_sync = self._next_step = self._next_look = 0.0  # on the monotonic clock
 
@@ -748,7 +751,7 @@ class _Relay:
         has_room = len(self._in_requests) < self._most_in_hand
         if self._by_thread and self._lifespans and has_room and self._outbox.waiting.pop(entry, False):
             self._in_requests.add(entry)  # until the thread is done with it
-            return self._group.run(entry, loop)  # so that the usual case needs no coroutine
+            return self._group.run(entry, loop)  # as attempt would, but with no coroutine
         return self.attempt(entry, loop)
 
     async def attempt(self, entry: _Entry, request_loop: Any = None) -> None:

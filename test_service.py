@@ -1805,6 +1805,17 @@ async def test_of_520_at_once_the_relay_takes_what_is_too_much_for_the_requests_
         assert await health(app) == counts()
 
 
+async def test_it_starts_while_another_program_writes_to_its_outbox(outbox, sent):
+    async with lifespan(create_app(sent.append, outbox=outbox)) as first:
+        await post(first)
+        with closing(sqlite3.connect(outbox / "outbox.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            async with lifespan(create_app(sent.append, outbox=outbox)) as second:
+                other.execute("ROLLBACK")
+                await post(second)
+    assert len(sent) == 2
+
+
 async def test_once_all_is_delivered_the_outbox_is_small_again(outbox):
     gate = Gate()
     async with lifespan(create_app(gate, outbox=outbox)) as app:
