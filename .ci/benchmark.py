@@ -1,6 +1,6 @@
 """Measure the service beside its alternatives, and against the numbers it has to reach.
 
-    python .ci/benchmark.py                                   # everything, in about six minutes
+    python .ci/benchmark.py                                   # everything, in about seven minutes
     python .ci/benchmark.py --part speed --only article,ours  # those subjects alone
     python .ci/benchmark.py --rounds 1 --seconds 2            # a quick look
 
