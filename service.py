@@ -320,23 +320,27 @@ class _Group:
                     self._threads += 1
             return self._threads > 0
 
-    def _work(self) -> None:
-        while True:
-            try:
-                while not self.queued:
-                    self._bell.get(timeout=_LINGER)
-            except queue.Empty:
-                with self._lock:
-                    if not self._woken:
-                        self._threads -= 1  # run does it the other way round: it queues, and then looks for a thread
-                        if not self.queued:
-                            return
-                        self._threads += 1
+    def _take(self) -> list[tuple[_Entry, Any, Any]] | None:
+        """What is queued, once something is; empty: to see to what was put off; None: this thread has to end."""
+        try:
+            while not self.queued:
+                self._bell.get(timeout=_LINGER)
+        except queue.Empty:
             with self._lock:
-                self._woken = False
-                taken = self.queued[: self._at_once]
-                del self.queued[: len(taken)]  # and no others: run queues without the lock
-                self._busy += 1
+                if not self._woken:
+                    self._threads -= 1  # run does it the other way round: it queues, and then looks for a thread
+                    if not self.queued:
+                        return None
+                    self._threads += 1
+        with self._lock:
+            self._woken = False
+            taken = self.queued[: self._at_once]
+            del self.queued[: len(taken)]  # and no others: run queues without the lock
+            self._busy += 1
+            return taken
+
+    def _work(self) -> None:
+        while (taken := self._take()) is not None:
             entries = [entry for entry, _, _ in taken]
             new = [entry for entry in entries if entry.line]
             try:
@@ -748,7 +752,7 @@ class _Relay:
 
     def deliver(self, entry: _Entry, loop: Any) -> Any:
         """Attempt the entry as a request's task; what this returns is to be awaited."""
-        has_room = len(self._in_requests) < self._most_in_hand
+        has_room = len(self._in_requests) < self._most_in_hand  # if not, attempt leaves it to the relay
         if self._by_thread and self._lifespans and has_room and self._outbox.waiting.pop(entry, False):
             self._in_requests.add(entry)  # until the thread is done with it
             return self._group.run(entry, loop)  # as attempt would, but with no coroutine

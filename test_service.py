@@ -2028,6 +2028,15 @@ async def test_lines_gather_while_the_log_rests_and_no_answer_waits_for_them(log
     assert len(batches) < 6
 
 
+async def test_the_log_does_not_rest_after_many_lines(log, monkeypatch):
+    monkeypatch.setattr(service, "_PAUSE", 60.0)
+    monkeypatch.setattr(service, "_FEW", 1)  # so that one is many
+    app = create_app(log=log, outbox=":memory:")
+    with anyio.fail_after(20):
+        sent = [(await post(app)).json()["id"] for _ in range(3)]
+    assert ids(log) == sent
+
+
 async def test_what_is_set_aside_is_told_however_soon_after_another_failure(log, outbox, monkeypatch, warned):
     async with lifespan(create_app(log=log, outbox=outbox)) as app:
         log.mkdir()
@@ -2351,11 +2360,12 @@ def test_who_waits_for_a_thread_is_answered_once_that_of_another_request_did_the
 
 
 def test_a_thread_that_is_about_to_end_takes_what_comes_when_no_other_can_be_had(monkeypatch):
-    asked, in_vain, ending, may_end = [], [], threading.Event(), threading.Event()
+    in_vain, ending, may_end, took_it = [], threading.Event(), threading.Event(), threading.Event()
 
     class Bell(queue.SimpleQueue):
         def get(self, timeout):
-            asked.append(threading.current_thread())
+            if may_end.is_set():
+                took_it.set()
             try:
                 return super().get(timeout=timeout)
             except queue.Empty:
@@ -2374,10 +2384,8 @@ def test_a_thread_that_is_about_to_end_takes_what_comes_when_no_other_can_be_had
         monkeypatch.setattr(threading.Thread, "start", refuses)
         second = asyncio.create_task(drive(app, as_async(bool)))
         await asyncio.sleep(0)  # in which it queues; it would have the thread woken two turns later
-        times, thread = len(asked), asked[-1]
         may_end.set()
-        while thread.is_alive() and len(asked) == times:  # meanwhile no request runs
-            time.sleep(0.01)
+        took_it.wait(2)  # or else it has ended; meanwhile no request runs
         await asyncio.wait_for(second, 15)
 
     monkeypatch.setattr(queue, "SimpleQueue", Bell)
